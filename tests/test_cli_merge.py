@@ -75,6 +75,58 @@ def test_merge__the_comparisons(tasks: Path, tokenizer: Any, tmp_path: Path) -> 
     assert json.loads(result.stdout)["method"] == "regmean"
 
 
+def layered(tasks: Path) -> list[str | Path]:
+    return [part for name in "ab" for part in ("--model", tasks / name, "--data", tasks / "texts.jsonl")]
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_merge__layer_after_layer_is_the_packages_own(check: bool, tasks: Path, tmp_path: Path) -> None:
+    options = (
+        "--method",
+        "layers",
+        "--kind",
+        "exact",
+        "--structure",
+        "diagonal",
+        *("--check", tasks / "texts.jsonl") * check,
+    )
+    result = merged(*layered(tasks), *options, "--out", tmp_path / "merged", "--dtype", "float64")
+    assert result.exit_code == 0, result.output
+    assert "layers of 2 models" in result.stdout
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    models = [load(tasks / name).eval() for name in "ab"]
+    tokens = transformers.AutoTokenizer.from_pretrained(tasks / "a")(TEXTS, padding=True, return_tensors="pt")
+    batch = {**tokens, "labels": torch.tensor([models[0].config.label2id[name] for name in LABELS])}
+    expected = fk.merging.merge_layers(
+        models, [batch, batch], fisher=partial(fk.ExactFisher, structure="diagonal"),
+        policy=fk.merging.MergePolicy(dtype=torch.float64),
+    )  # fmt: skip
+    info = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    share, average = info["share"] if check else 1.0, fk.merging.average(models)
+    assert [name for name in info if name == "losses" and info[name]] == ["losses"] * check
+    for name, tensor in load(tmp_path / "merged", dtype=torch.float64).state_dict().items():
+        wanted = share * expected[name] + (1 - share) * average[name].double()
+        torch.testing.assert_close(
+            tensor, wanted, rtol=1e-5, atol=1e-6
+        )  # of models in float32, by batches of another size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [(("--method", "layers", "--data", "a.jsonl"), "2 models and 1 --data"), (("--method", "layers"), "0 --data"),
+     (("--data", "a.jsonl"), "--method auto with --data"), (("--kind", "ef"), "--method auto with --kind"),
+     (("--method", "average", "--examples", "5"), "--method average with --examples")],
+)  # fmt: skip
+def test_merge__refuses_texts_that_do_not_belong_to_the_models(
+    options: tuple[str, ...], got: str, tasks: Path, tmp_path: Path
+) -> None:
+    result = merged(*both(tasks, fishers=False), *options, "--out", tmp_path / "m")
+    assert result.exit_code == 1
+    assert got in result.stderr
+    assert not (tmp_path / "m").exists()
+
+
 def test_merge__files_make_a_file(tasks: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     models = [part for name in "ab" for part in ("--model", tasks / name / "model.safetensors")]

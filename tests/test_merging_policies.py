@@ -341,7 +341,12 @@ def test_merge__refuses_models_and_fishers_that_do_not_belong_together() -> None
         ([a, 3], [f, f], fk.InvalidTypeError, "model 2: got a int"),
         ([a, b], [f, 3], fk.InvalidTypeError, "Fisher 2: got a int"),
         ([a, {"w": 3}], [f, f], fk.InvalidTypeError, "no named tensors"),
-        ([a, b], [f, other], fk.InvalidArgumentError, "Fisher 2 over parameters that model 2 lacks: ['x']"),
+        (
+            [a, b],
+            [f, other],
+            fk.InvalidArgumentError,
+            "Fisher 2 over parameters that model 2 lacks or has in another shape: 'x'",
+        ),
         ([a, b], [f, transposed], fk.InvalidArgumentError, "'w' ([3, 2] and [2, 3])"),
         ([a, {**b, "w": b["w"] / 0}], [f, f], fk.NonFiniteError, "NaN or infinite entries in 'w'"),
     ]

@@ -161,6 +161,7 @@ class _Seed:
         for name in TASKS:
             options += ["--model", self._folder / name]
             options += ["--fisher", self._fisher(name, method)] if method.structure else []
+            options += ["--data", self._folder / "data" / f"{name}-train.jsonl"] if method.texts else []
         options += ["--base", self._folder / "start"] if method.based else []
         shutil.rmtree(merged, ignore_errors=True)
         _fisherkit("merge", *options, "--out", merged, *method.options)

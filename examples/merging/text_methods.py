@@ -31,6 +31,7 @@ class Method:
         kind: of its Fishers.
         likelihood: of its Fishers.
         based: it needs the common start.
+        texts: it needs the tasks' texts.
     """
 
     options: tuple[str, ...]
@@ -38,6 +39,7 @@ class Method:
     kind: str = "ief"
     likelihood: str = "categorical"
     based: bool = False
+    texts: bool = False
 
 
 def _methods() -> dict[str, Method]:
@@ -50,6 +52,9 @@ def _methods() -> dict[str, Method]:
         found[f"RegMean, {shrink:g}"] = Method(("--method", "regmean", "--shrink", f"{shrink:g}"), "kfac")
     for name, kind, likelihood in KINDS:
         found[f"kfac, {name}"] = Method(DEFAULT, "kfac", kind, likelihood)
+    for name, kind, _ in (KINDS[1], KINDS[3]):
+        own = ("--method", "layers", "--kind", kind, "--examples", "200")
+        found[f"layer after layer, kfac, {name}, 200 texts"] = Method(own, texts=True)
     for name, kind, likelihood in (KINDS[1], KINDS[3]):
         found[f"kfac, {name}, as it is"] = Method(plain, "kfac", kind, likelihood)
         found[f"diagonal, {name}"] = Method(DEFAULT, "diagonal", kind, likelihood)

@@ -200,15 +200,7 @@ class Command:
 
 @dataclass
 class Running:
-    """The command that is at work.
-
-    Args:
-        name: as it is typed.
-        flags: keyword of the package to option.
-        given: settings that were typed.
-        targets: how the places looked that it will write to.
-        made: folders that it has made to write to, the innermost first.
-    """
+    """The command at work, how its ``targets`` looked before, and the folders that it ``made``, the innermost first."""
 
     name: str = "fisherkit"
     flags: Mapping[str, str] = field(default_factory=dict)

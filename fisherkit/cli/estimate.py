@@ -109,7 +109,12 @@ class Estimate(ModelOptions):
 
     def _asked(self) -> tuple[nn.Module, Data, dict[str, Any]]:
         """The model, its data, and the keywords of the package that the options stand for."""
-        model, data, likelihood = self._model_and_data()
+        texts = self.texts(self.model, {"--data": self.data}, CALL)
+        if texts is None:
+            model, data = load_pair(self.model, CALL)
+            model, likelihood = model.to(self.device), "categorical"
+        else:
+            model, data, likelihood = texts[0].model, texts[0], texts[0].folder.likelihood
         return model, data, {
             "kind": rule_of(self.kind, call=CALL).with_seed(self.seed),
             "likelihood": load_likelihood(self.likelihood or likelihood, CALL),
@@ -118,14 +123,6 @@ class Estimate(ModelOptions):
             "memory_budget": None if self.memory_budget is None else int(self.memory_budget),
             "dtype": None if self.keep_dtype is None else getattr(torch, self.keep_dtype),
         }  # fmt: skip
-
-    def _model_and_data(self) -> tuple[nn.Module, Data, str]:
-        """The model, its data, and the likelihood of its own loss."""
-        texts = self.texts(self.model, {"--data": self.data}, CALL)
-        if texts is not None:
-            return texts[0].model, texts[0], texts[0].folder.likelihood
-        model, data = load_pair(self.model, CALL)
-        return model.to(self.device), data, "categorical"
 
     def _summary(self, file: FisherFile, data: Data, seconds: float) -> dict[str, Any]:
         blocks = (file.read(names) for names in file.blocks)  # one by one, as they may not fit together

@@ -65,7 +65,10 @@ def collect() -> dict[str, Any]:
             for name, text in devices.items()
         ],
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
-        "kinds": {name: {"class": kind.__name__, "meaning": _first_line(kind)} for name, kind in KINDS.items()},
+        "kinds": {
+            name: {"class": kind.__name__, "meaning": (inspect.getdoc(kind) or "").partition("\n")[0]}
+            for name, kind in KINDS.items()
+        },
         "structures": {name: structure.meaning for name, structure in structures().items()},
     }
 
@@ -88,7 +91,3 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _first_line(kind: type) -> str:
-    return (inspect.getdoc(kind) or "").partition("\n")[0]

@@ -24,17 +24,20 @@ from fisherkit.cli.command import REPLACED, expect, given, refuse_existing, say
 from fisherkit.cli.options import (
     AsJson,
     Device,
+    Kind,
     MaxShardSize,
     Overwrite,
+    Structure,
     choice,
     dtype_check,
     numbers,
     numbers_or,
     option,
 )
-from fisherkit.cli.sources import ModelOptions, TextBatches
+from fisherkit.cli.sources import ModelOptions, TextBatches, load_likelihood
 from fisherkit.cli.text import table
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
+from fisherkit.fisher import FisherApproximation
 from fisherkit.io.fisher_file import index_of
 from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
 from fisherkit.memory import readable
@@ -45,6 +48,7 @@ from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
 from fisherkit.progress import duration
+from fisherkit.vectors import rule_of
 
 CALL = "fisherkit merge"
 
@@ -64,15 +68,18 @@ METHODS: Mapping[str, tuple[Callable[..., Any], frozenset[str]]] = {
     "average": (merging.average, SETTINGS),
     "task-arithmetic": (merging.task_arithmetic, SETTINGS),
     "regmean": (merging.regmean, OF_FISHERS),
+    "layers": (merging.merge_layers, OF_FISHERS - {"other_weights"}),
 }
 """Every --method, what it calls and which settings of a `MergePolicy` it has; those of `merge` are ways to solve."""
 
 NOT_COMPARED = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 """Entries of config.json that say nothing about what the weights mean."""
 
+OF_LAYERS = ("data", "kind", "structure", "examples")
+
 OWN = frozenset({
-    "model", "fisher", "check", "method", "out", "config_from_first", "absolute_damping", "overwrite", "as_json",
-    "verbose",
+    *OF_LAYERS, "model", "fisher", "check", "method", "out", "config_from_first", "absolute_damping", "overwrite",
+    "as_json", "verbose",
 })  # fmt: skip
 """Options that are not keywords of the functions of `fisherkit.merging`, or of none but those with Fishers."""
 
@@ -82,10 +89,12 @@ class Merge:
     """Merge models by their Fishers into one that loads like the first.
 
     The result makes Σ (θ − θ_t)ᵀF_t(θ − θ_t) least, damped towards the models' average. Reads and writes one block at a
-    time. The folder loads with from_pretrained; merge.json in it says how every block was solved.
+    time. The folder loads with from_pretrained; merge.json in it says how every block was solved. With each task's
+    --data in place of Fishers, layers are merged one after another: the better way, where the texts can be read.
 
     Examples:
         fisherkit merge --model A --fisher a.safetensors --model B --fisher b.safetensors --out merged
+        fisherkit merge --model A --data a.jsonl --model B --data b.jsonl --method layers --out merged
         fisherkit merge --model A --model B --method average --out merged
         fisherkit merge --model A --fisher a --model B --fisher b --uncovered average --weights examples --out new
         fisherkit merge --model A --fisher a --model B --fisher b --check a.jsonl --check b.jsonl --out merged
@@ -94,6 +103,12 @@ class Merge:
     model: Annotated[list[Path], option("PATH", "A Hugging Face folder, or a safetensors file; twice or more.")]
     out: Annotated[Path, option("PATH", "The folder (or, for files, the file) to write.")]
     fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
+    data: Annotated[
+        list[Path] | None, option("FILE", "For layers: each model's texts with labels, in the models' order.", "none")
+    ] = None
+    kind: Kind = "ief"
+    structure: Structure = "kfac"
+    examples: Annotated[int | None, option("N", "Draw this many of each model's texts.", "all", min=1)] = None
     check: Annotated[
         list[Path] | None,
         option("FILE", "Texts with labels, best of all held-out ones: how far to go from the average.", "none"),
@@ -106,7 +121,12 @@ class Merge:
     ] = None
     damping: Annotated[
         float | None,
-        option("λ", "A multiple of the mean eigenvalue; see --absolute-damping.", "0.03; regmean: 1e-06", min=0),
+        option(
+            "λ",
+            "A multiple of the mean eigenvalue; see --absolute-damping.",
+            "0.03; layers: 0.01; regmean: 1e-06",
+            min=0,
+        ),
     ] = None
     absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
     output_damping: Annotated[float, option("ρ", "How much of each Fisher's average over outputs is added.", min=0)] = (
@@ -150,7 +170,7 @@ class Merge:
         options = self._options()
         self._check()
         texts = self._texts()
-        function = partial(METHODS[self.method][0], self.model, **options, return_info=True)
+        function = partial(METHODS[self.method][0], **options, **self._sources(), return_info=True)
         start = time.perf_counter()
         say(f"Merging {self._size()} ...")
         if not self._folders:
@@ -189,6 +209,17 @@ class Merge:
         merging.average([average, merged], found.weights, policy=policy, out=whole)
         return replace(info, losses=found.losses, share=found.share)
 
+    def _sources(self) -> dict[str, Any]:
+        """The models' paths, or themselves with their texts and what measures a stage of layers."""
+        if not self.data:
+            return {"models": self.model}
+        own = ModelOptions(device=self.device, examples=self.examples)
+        pairs = zip(self.model, self.data, strict=True)
+        texts = [(own.texts(str(model), {f"--data {path}": path}, CALL) or [])[0] for model, path in pairs]
+        kind, likelihood = rule_of(self.kind, call=CALL), load_likelihood(texts[0].folder.likelihood, CALL)
+        fisher = partial(FisherApproximation, kind=kind, structure=self.structure, likelihood=likelihood)
+        return {"models": [batches.model for batches in texts], "data": texts, "fisher": fisher}
+
     def _texts(self) -> list[TextBatches]:
         """What the result is checked on, read before anything is merged; nothing without --check."""
         if not self.check:
@@ -218,6 +249,7 @@ class Merge:
         taken = inspect.signature(function).parameters
         values = {name: value for name, value in vars(self).items() if name in given() and name not in OWN}
         unknown = [name for name in values if name not in {*taken, *settings, "base", "scale"}]
+        unknown += [name for name in OF_LAYERS if name in given() and "data" not in taken]
         if unknown:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
             _refuse(f"--method {self.method} with {options}", "options that it has", try_="leave them out")
@@ -227,6 +259,11 @@ class Merge:
             _refuse(
                 f"{len(self.model)} models and {len(self.fisher or ())} Fishers", "a Fisher for each model",
                 try_="--model A --fisher FA --model B --fisher FB, or --method average",
+            )  # fmt: skip
+        if "data" in taken and (len(self.data or ()) != len(self.model) or not self._folders):
+            _refuse(
+                f"{len(self.model)} models and {len(self.data or ())} --data", "folders, and a file of texts for each",
+                "each model is run on its own task's texts", "--model A --data a.jsonl --model B --data b.jsonl",
             )  # fmt: skip
         if {self.base is not None, self.scale is not None} != {"base" in taken}:
             _refuse(f"--method {self.method}", "--base and --scale with task-arithmetic, and with it alone")
@@ -276,6 +313,7 @@ class Merge:
         """How much is read."""
         files = {file for model in self.model for file in ModelFiles(model, CALL).paths if file.is_file()}
         models = f"{len(self.model)} models ({readable(sum(file.stat().st_size for file in files))})"
+        models += " layer after layer" * bool(self.data)
         fishers = sum(io.read_header(path, CALL).nbytes for path in self.fisher or ())
         if not self.fisher:
             return models

@@ -293,17 +293,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """The model with its data, and what a person sees of an example.
-
-    Args:
-        model: in eval mode, read only.
-        train: training data.
-        queries: data.
-        likelihood: of the model's own loss.
-        classes: names of the outputs, by number; the number itself where there is none.
-        show: ``show(split, index)``, the user's; None to show inputs that are images.
-        places: for "train" and "queries", where each example stands; "train 3" where there is no entry.
-    """
+    """The model with its data, and what a person sees of an example: what ``show`` gives, or inputs that are images."""
 
     model: nn.Module
     train: Data

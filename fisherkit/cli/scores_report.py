@@ -31,19 +31,7 @@ WIDEST = 60
 
 @dataclass(frozen=True)
 class Example:
-    """One training example or query, as a person sees it.
-
-    Args:
-        index: its place in the data, from 0.
-        place: where it stands, in words.
-        label: the observed one; None where labels are not one for each example (language models).
-        prediction: the model's; None likewise.
-        probability: of the prediction; None where there is no single one.
-        loss: −log p(y | z), summed over positions.
-        text: the text, or the words under the picture.
-        picture: as a data URI.
-        score: of a training example.
-    """
+    """One training example or query, as a person sees it: None for what there is none of; the picture is a data URI."""
 
     index: int
     place: str

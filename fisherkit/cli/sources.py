@@ -304,14 +304,7 @@ def _table(path: Path, wanted: list[str], call: str) -> Iterator[tuple[int, dict
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that ``save_pretrained`` wrote.
-
-    Args:
-        path: with config.json, weights and tokenizer.
-        config: of the model.
-        tokenizer: beside it.
-        causal: a causal language model, whose labels are its inputs; else a sequence classifier.
-    """
+    """A folder that ``save_pretrained`` wrote."""
 
     path: Path
     config: Any
@@ -384,14 +377,6 @@ class Folder:
 class TextBatches:
     """Batches of tokenized texts, made anew in every pass.
 
-    Args:
-        folder: of the model whose inputs they are.
-        model: from it.
-        texts: with labels, unless the model is causal; every label is read before the work begins.
-        size: texts a batch.
-        max_length: tokens a text is cut to; None for the most that tokenizer and model allow.
-        call: the command, for errors.
-
     Attributes:
         cut: how many texts were longer than that and have been cut, after a first pass.
     """
@@ -410,8 +395,7 @@ class TextBatches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.cut = 0
-        for start in range(0, len(self.texts), self.size):
-            yield self._batch(slice(start, start + self.size))
+        yield from (self._batch(slice(start, start + self.size)) for start in range(0, len(self.texts), self.size))
 
     def _batch(self, place: slice) -> dict[str, Tensor]:
         texts = self.texts[place]

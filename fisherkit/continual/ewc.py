@@ -1,7 +1,8 @@
 """`EWC`: elastic weight consolidation, a quadratic penalty that keeps what earlier tasks need.
 
 Owns the terms, their decay and their state, and what must hold between a model, a Fisher and what was consolidated
-before; the algebra of quadratic forms is `operators.quadratic`'s. Asks a Fisher for neither kind nor structure.
+before; the algebra of quadratic forms is `operators.quadratic`'s. One product with each operator gives the penalty's
+value and its whole gradient. Asks a Fisher for neither kind nor structure.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fisherkit import io
 from fisherkit.adapters import products, values
 from fisherkit.arguments import check_choice, check_number
 from fisherkit.arithmetic import all_finite, without_autocast
-from fisherkit.continual.terms import Term, penalty_of
 from fisherkit.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -35,7 +37,7 @@ from fisherkit.errors import (
 from fisherkit.model_state import check_checksum, measured_at, with_checksum
 from fisherkit.operators import FisherOperator, Quadratic, normalize, state_of
 from fisherkit.operators.normalization import check_normalize
-from fisherkit.operators.persistence import renamed
+from fisherkit.operators.persistence import renamed, restore
 from fisherkit.operators.quadratic import atoms, join
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.wrappers import full, matching, unwrapped
@@ -195,9 +197,10 @@ class EWC(nn.Module):
         """
         parameters = dict(self.model.named_parameters())
         names = list(dict.fromkeys(name for term in self._terms for name in term.shapes)) or list(parameters)[:1]
-        self._check("EWC.penalty", self._terms, parameters)
+        _check_held(self._terms, parameters, self.grown, "EWC.penalty")
         now = values(self.model, names)
-        result = penalty_of(self._terms, self.strength, {name: full(value) for name, value in now.items()})
+        tensors = map(full, now.values())
+        result: Tensor = _Penalty.apply(self._terms, self.strength, tuple(now), *tensors)  # type: ignore[no-untyped-call]
         self._watch(result.detach())
         return result
 
@@ -256,10 +259,6 @@ class EWC(nn.Module):
                 expected="Fishers over the products or over the adapters", why="both would hold one change",
                 try_="params=fk.adapters.merged_weights(model) for all, or for none",
             )  # fmt: skip
-
-    def _check(self, call: str, terms: tuple[Term, ...], parameters: Mapping[str, nn.Parameter]) -> None:
-        for term in terms:
-            _check_held(term.shapes, term.quadratic.operator.device, parameters, self.grown, call)
 
     @property
     def nbytes(self) -> int:
@@ -331,7 +330,7 @@ class EWC(nn.Module):
                 call=call, got=f"terms of normalize={how!r}", expected=f"normalize={self.normalize!r}, this EWC's",
                 why="one strength would mean two things", try_=f"EWC(model, normalize={how!r})",
             )  # fmt: skip
-        self._check(call, terms, dict(self.model.named_parameters()))
+        _check_held(terms, dict(self.model.named_parameters()), self.grown, call)
         self._put(terms)
         self.consolidations = consolidations
 
@@ -388,7 +387,15 @@ def _check_fisher(fisher: object, model: nn.Module, uncovered: str, free: Select
             try_='fk.ImprovedEmpiricalFisher(model, data, structure="kfac"), or fk.load(path)',
         )  # fmt: skip
     _check_form(fisher, dict(model.named_parameters()))
-    _check_values(fisher, model)
+    # A model of another dtype, which a Fisher of a wider copy may serve, cannot be compared.
+    dtype = fisher.metadata.get("covered_hash", str(fisher.dtype).removeprefix("torch.")).partition(":")[0]
+    comparable = all(str(parameter.dtype) == f"torch.{dtype}" for parameter in model.parameters())
+    if comparable and measured_at(model, fisher.metadata) is False:
+        raise ModelError(
+            call=CALL, got="a Fisher that was measured at other parameters or buffers than the model has now",
+            expected="the same values", why=SAME_MOMENT,
+            try_="consolidating before training goes on, loading those weights, or building the Fisher again",
+        )  # fmt: skip
     _check_uncovered(fisher, model, uncovered, free)
 
 
@@ -423,19 +430,6 @@ def _check_form(fisher: FisherOperator, parameters: Mapping[str, nn.Parameter]) 
                 call=CALL, got=f"a Fisher of {fisher.dtype} and {name!r} of {parameter.dtype}",
                 expected=f"one of {parameter.dtype}", why="θ − θ* is formed in the Fisher's dtype",
             )  # fmt: skip
-
-
-def _check_values(fisher: FisherOperator, model: nn.Module) -> None:
-    """The model has the weights that were measured, as far as can be told."""
-    # A model of another dtype, which a Fisher of a wider copy may serve, cannot be compared.
-    dtype = fisher.metadata.get("covered_hash", str(fisher.dtype).removeprefix("torch.")).partition(":")[0]
-    comparable = all(str(parameter.dtype) == f"torch.{dtype}" for parameter in model.parameters())
-    if comparable and measured_at(model, fisher.metadata) is False:
-        raise ModelError(
-            call=CALL, got="a Fisher that was measured at other parameters or buffers than the model has now",
-            expected="the same values", why=SAME_MOMENT,
-            try_="consolidating before training goes on, loading those weights, or building the Fisher again",
-        )  # fmt: skip
 
 
 def _check_uncovered(fisher: FisherOperator, model: nn.Module, uncovered: str, free: Selection) -> None:
@@ -477,15 +471,10 @@ def _check_uncovered(fisher: FisherOperator, model: nn.Module, uncovered: str, f
         )  # fmt: skip
 
 
-def _check_held(
-    shapes: Mapping[str, tuple[int, ...]],
-    device: torch.device,
-    parameters: Mapping[str, nn.Parameter],
-    grown: str,
-    call: str,
-) -> None:
+def _check_held(terms: Sequence[Term], parameters: Mapping[str, nn.Parameter], grown: str, call: str) -> None:
     """The model still has what was consolidated, on the device, in the same shapes or, where allowed, larger ones."""
-    for name, shape in shapes.items():
+    held = [(name, shape, term.quadratic.operator.device) for term in terms for name, shape in term.shapes.items()]
+    for name, shape, device in held:
         if name not in parameters:
             raise ModelError(
                 call=call, got=f"a model without {name!r}, which was consolidated", expected="every consolidated name",
@@ -513,3 +502,130 @@ def _chosen(model: nn.Module, selection: Selection) -> set[str]:
         return {name for name, parameter in model.named_parameters() if selection(name, parameter)}
     names = [selection] if isinstance(selection, str) else list(selection or ())
     return set(ParameterSpace.of(model, names).names) if names else set()
+
+
+# -- terms: quadratic forms, their sum as a differentiable scalar, and their form in a state dict ----------------------
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight · q, q a quadratic form over some parameters and the weight what decay has left of 1."""
+
+    weight: float
+    quadratic: Quadratic
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of its parameters, when it was consolidated."""
+        space = self.quadratic.operator.space
+        return dict(zip(space.names, space.shapes, strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its tensors take."""
+        beside = sum(tensor.nbytes for tensor in self.quadratic.tensors().values())
+        return beside + self.quadratic.operator.nbytes
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists, strings, numbers and tensors: what a state dict may hold without pickled classes."""
+        return {
+            "weight": self.weight,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "quadratic": self.quadratic.tensors(),
+            "operator": _plain(state_of(self.quadratic.operator)),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], device: torch.device) -> Term:
+        """The inverse of `to_plain`, on a device; any error of Python's or of the package's for something else."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, copy=True)
+
+        shapes = plain["shapes"]
+        space = ParameterSpace(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()))
+        operator = restore(space, _state(plain["operator"]).map(move))
+        return cls(float(plain["weight"]), Quadratic(operator, **{n: move(t) for n, t in plain["quadratic"].items()}))
+
+
+def _plain(state: io.State) -> dict[str, Any]:
+    return {**vars(state), "names": list(state.names), "children": [_plain(child) for child in state.children]}
+
+
+def _state(plain: Mapping[str, Any]) -> io.State:
+    children = tuple(_state(child) for child in plain["children"])
+    return io.State(plain["kind"], tuple(plain["names"]), dict(plain["tensors"]), dict(plain["options"]), children)
+
+
+def leading(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first ``shape[i]`` entries along each axis i; a view."""
+    return tensor[tuple(slice(size) for size in shape)]
+
+
+def evaluate(terms: Sequence[Term], tensors: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Σ weight · q, float64, and half its gradient by name, in the operators' dtype and the tensors' shapes.
+
+    Tensors are at least as large as the terms' along each axis.
+    """
+    values: list[Tensor] = []
+    gradients: dict[str, Tensor] = {}
+    for term in terms:
+        operator = term.quadratic.operator
+        parts = [leading(tensors[name], shape).reshape(-1) for name, shape in term.shapes.items()]
+        value, half = term.quadratic.evaluate(torch.cat(parts).to(operator.dtype))
+        values.append(term.weight * value)
+        weighted = half if term.weight == 1 else term.weight * half
+        for name, part in operator.space.unflatten(weighted).items():
+            if name not in gradients and part.shape == tensors[name].shape:
+                gradients[name] = part
+                continue
+            if name not in gradients:
+                gradients[name] = part.new_zeros(tensors[name].shape)
+            leading(gradients[name], part.shape).add_(part)
+    return torch.stack(values).sum(), gradients
+
+
+class _Penalty(torch.autograd.Function):
+    """½ · strength · Σ weight · q in the first tensor's dtype, with the gradient strength · Σ weight · (F d + h)."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: Sequence[Term], strength: float, names: Sequence[str], *values: Tensor) -> Tensor:
+        ctx.strength, ctx.values, ctx.present = strength, values, [False] * len(values)
+        if not terms:
+            return values[0].new_zeros(())
+        # Products in half precision, as autocast would have them, are no Fisher products.
+        with without_autocast():
+            total, gradients = evaluate(terms, dict(zip(names, values, strict=True)))
+        ctx.present = [
+            needed and name in gradients for name, needed in zip(names, ctx.needs_input_grad[3:], strict=True)
+        ]
+        ctx.save_for_backward(*(gradients[name] for name, own in zip(names, ctx.present, strict=True) if own))
+        return (0.5 * strength * total).to(values[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        found: Any = ctx.saved_tensors
+        if found:
+            found = _Times.apply(outer[0], ctx.strength, found, *ctx.values)  # type: ignore[no-untyped-call]
+        scaled, pairs = iter(found), zip(ctx.present, ctx.values, strict=True)
+        return None, None, None, *(next(scaled).to(value.dtype) if present else None for present, value in pairs)
+
+
+class _Times(torch.autograd.Function):
+    """outer · strength · gradients. They depend on the parameters: differentiating that is refused, not left out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, outer: Tensor, strength: float, gradients: Sequence[Tensor], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple((strength * outer.to(gradient.dtype)) * gradient for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        raise NoClosedFormError(
+            call="EWC.penalty",
+            got="a second derivative",
+            expected="one backward pass, without differentiating its result",
+            why="the gradient is computed in closed form and has no graph",
+            try_="the Hessian in θ is strength · Σ F_t: use the Fishers' matvec",
+        )

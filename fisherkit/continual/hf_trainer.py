@@ -63,16 +63,13 @@ class EWCTrainerMixin:
         penalty = self.ewc.penalty()
         self._penalties.append(penalty.detach())
         loss, *outputs = result if return_outputs else (result,)
-        loss = loss + penalty / self._batches_not_averaged(num_items_in_batch)
-        return (loss, *outputs) if return_outputs else loss
-
-    def _batches_not_averaged(self, num_items_in_batch: Any) -> int:
-        """Batches of this step that the Trainer will sum up; 1 if it divides by their number afterwards."""
+        # A Trainer that divides by the number of a step's batches afterwards has the penalty in each.
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             by_items = getattr(self, "model_accepts_loss_kwargs", False) and num_items_in_batch is not None
             scaled = by_items or getattr(self, "compute_loss_func", None) is not None
-        return int(getattr(self, "current_gradient_accumulation_steps", 1)) if scaled else 1
+        summed = int(getattr(self, "current_gradient_accumulation_steps", 1)) if scaled else 1
+        return (loss + penalty / summed, *outputs) if return_outputs else loss + penalty / summed
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's log of training, with the mean penalty since the last one."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,11 @@ class QualityTable:
     def __str__(self) -> str:
         """Columns of equal width under a line about the batch."""
         dropped = f", {self.dropped} of them left out of the updates as near-duplicates" if self.dropped else ""
-        cells = [("kind", "structure", "damping", "γ", "γ/γ_SGD", "‖Δ‖", "rows", "ms"), *map(_cells, self.rows)]
+        cells: list[tuple[str, ...]] = [("kind", "structure", "damping", "γ", "γ/γ_SGD", "‖Δ‖", "rows", "ms")]
+        for row in self.rows:
+            numbers = (f"{value:.4g}" for value in (row.gamma, row.relative_gamma, row.update_norm))
+            damping = "" if row.damping is None else f"{row.damping:g}"
+            cells.append((row.kind, row.structure, damping, *numbers, f"{row.rows:,}", f"{1e3 * row.seconds:.3g}"))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         aligned = ("ljust", "ljust", *["rjust"] * (len(widths) - 2))
         lines = [
@@ -132,12 +136,6 @@ def average(tables: Sequence[QualityTable]) -> dict[Key, tuple[float, float]]:
         values = [row.relative_gamma for row in rows]
         found[key] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     return found
-
-
-def _cells(row: QualityRow) -> tuple[str, ...]:
-    damping = "" if row.damping is None else f"{row.damping:g}"
-    numbers = (f"{value:.4g}" for value in (row.gamma, row.relative_gamma, row.update_norm))
-    return (row.kind, row.structure, damping, *numbers, f"{row.rows:,}", f"{1e3 * row.seconds:.3g}")
 
 
 # -- its picture -------------------------------------------------------------------------------------------------------
@@ -368,8 +366,12 @@ class _Comparison:
         else:
             if power is not None:
                 formula = partial(in_span, c=self.norms ** (2 * power), dampings=dampings)
-            blocks = [rows.space.names] if structure == "full" else _blocks(rows)
-            columns, count = _by_block(rows, gradient, blocks, formula), rows.count
+            # By modules, those together that share a unit of rows.
+            modules = rows.space.joined_blocks(slot.names for slot in rows.slots)
+            columns = torch.zeros(rows.space.size, len(dampings), dtype=gradient.dtype, device=gradient.device)
+            for names in [rows.space.names] if structure == "full" else modules:
+                rows.space.put(columns, names, formula(rows.part(names), rows.space.take(gradient, names)))
+            count = rows.count
         return _Update(kind, structure, dampings, columns.double(), count, time.perf_counter() - start)
 
     def judged(self, updates: Sequence[_Update], start: float, *, sgd: bool) -> QualityTable:
@@ -443,23 +445,6 @@ def any_gradient(
     if rest.norm() <= 100 * rounding * gradient.norm():
         return found[:, :-1]
     return found[:, :-1] + rest.unsqueeze(1) / rest.new_tensor(list(dampings))
-
-
-def _by_block(
-    rows: Rows, gradient: Float[Tensor, "D"], blocks: Sequence[tuple[str, ...]], formula: Callable[..., Tensor]
-) -> Float[Tensor, "D K"]:
-    """Each block's own update, put together."""
-    space = rows.space
-    parts = {names: formula(rows.part(names), space.take(gradient, names)) for names in blocks}
-    whole = torch.empty_like(torch.cat(list(parts.values())))
-    for names, part in parts.items():
-        space.put(whole, names, part)
-    return whole
-
-
-def _blocks(rows: Rows) -> list[tuple[str, ...]]:
-    """The modules, those together that share a unit of rows."""
-    return list(rows.space.joined_blocks(slot.names for slot in rows.slots))
 
 
 def _rows(fisher: FisherApproximation) -> Rows | None:

@@ -30,13 +30,7 @@ _DIGITS = 8
 
 
 class Written(NamedTuple):
-    """What a tensor was when it was written.
-
-    Args:
-        dtype: as ``str(tensor.dtype)`` without ``torch.``.
-        shape: its shape.
-        crc32: eight hexadecimal digits for each piece of its bytes, little-endian and row-major.
-    """
+    """What a tensor was when it was written; eight digits of ``crc32`` for each piece of its little-endian bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,8 +50,7 @@ class Written(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Of the whole tensor."""
-        size: int = getattr(torch, self.dtype).itemsize
-        return size * math.prod(self.shape)
+        return self.row_bytes * math.prod(self.shape[:1])
 
 
 class Checksums:

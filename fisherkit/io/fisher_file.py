@@ -75,12 +75,7 @@ class State:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: under one key, or cut along its first axis under several.
-
-    Args:
-        keys: its names in the file, in order.
-        rows: length of each part's first axis; empty for a tensor in one piece.
-    """
+    """Where a tensor lies: under one key, or cut along its first axis under several."""
 
     keys: tuple[str, ...]
     rows: tuple[int, ...] = ()
@@ -293,19 +288,7 @@ def header_at(path: Path) -> dict[str, str] | None:
 
 @dataclass(frozen=True)
 class FisherHeader:
-    """All of a Fisher file but its tensors.
-
-    Args:
-        path: the file or the index.
-        space: the parameters.
-        metadata: what was recorded.
-        root: the operator, its tensors still in the file.
-        files: which file holds the tensor of each key.
-        checksums: of the tensors, if the file has any.
-        save: what tells this save's files from others': an entry of each shard's header, or a single file's place on
-            the disk and time.
-        call: the public call, for errors.
-    """
+    """All of a Fisher file but its tensors; ``save`` tells the files of this save from others'."""
 
     path: Path
     space: ParameterSpace
@@ -315,10 +298,6 @@ class FisherHeader:
     checksums: Checksums
     save: str
     call: str
-
-    def reader(self, device: torch.device | str) -> Reader:
-        """A reader of its tensors, which compares their checksums."""
-        return Reader(self, device)
 
     @property
     def nbytes(self) -> int:
@@ -337,38 +316,33 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     indexed = found.name.endswith(INDEX_SUFFIX)
     try:
         save = _stamp(found)
-        header, described, files = _of_index(found) if indexed else _of_file(found)
+        if indexed:  # whose checksum is of the files' names too
+            index = parse(found.read_text("utf-8"))
+            header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
+            described, files = {**index["metadata"], "weight_map": index["weight_map"]}, files_of_index(found)
+        else:
+            with safe_open(found, framework="pt") as file:
+                described = header = file.metadata() or {}
+                files = dict.fromkeys(file.keys(), found)
         _check_format(header, indexed, call)
         save = header["save"] if indexed else save
         checksums = unsealed(described, files)
-        space, root = _space(header["space"]), _root(header["operator"], files)
+        space, root = _space(header["space"]), Node.from_json(parse(header["operator"]))
+        if absent := [key for key in root.all_keys() if key not in files]:
+            raise ValueError(f"it has no tensor {absent[0]!r}")
         metadata = dict(parse(header["metadata"])) | ({} if checksums else NO_CHECKSUMS)
     except FileFormatError:
         raise
     except (*UNREADABLE, AttributeError) as error:
         # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
         name = f"an index {found.name}" if indexed else "a file"
-        raise FileFormatError(**damaged(call, error, name=name)) from error
+        raise damaged(call, error, name=name) from error
     return FisherHeader(found, space, metadata, root, files, checksums, save, call)
 
 
 def _stamp(path: Path) -> str:
     found = path.stat()
     return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
-
-
-def _of_file(path: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Path]]:
-    """The entries of a file's header, the same as all that its checksum is of, and the file of each key."""
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        return header, header, dict.fromkeys(file.keys(), path)
-
-
-def _of_index(path: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Path]]:
-    """The entries of an index, all that its checksum is of (the files' names too), and the file of each key."""
-    index = parse(path.read_text("utf-8"))
-    header = {key: value for key, value in index["metadata"].items() if isinstance(value, str)}
-    return header, {**index["metadata"], "weight_map": index["weight_map"]}, files_of_index(path)
 
 
 def _check_format(header: Mapping[str, str], indexed: bool, call: str) -> None:
@@ -395,17 +369,10 @@ def _space(text: str) -> ParameterSpace:
     return ParameterSpace(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()))
 
 
-def _root(text: str, files: Mapping[str, Path]) -> Node:
-    root = Node.from_json(parse(text))
-    if absent := [key for key in root.all_keys() if key not in files]:
-        raise ValueError(f"it has no tensor {absent[0]!r}")
-    return root
-
-
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> tuple[State, ParameterSpace, dict[str, str]]:
     """The operator's state, its space and the recorded metadata, as `read_header` finds them."""
     header = read_header(path, f"load({str(path)!r})")
-    return header.reader(device).state(header.root), header.space, header.metadata
+    return Reader(header, device).state(header.root), header.space, header.metadata
 
 
 class Reader:
@@ -488,4 +455,4 @@ class Reader:
 
     def _wrong(self, path: Path, error: Exception | str) -> FileFormatError:
         name = "a file" if path == self._header.path else f"a file {path.name}"
-        return FileFormatError(**damaged(self._header.call, error, name=name))
+        return damaged(self._header.call, error, name=name)

@@ -38,10 +38,6 @@ FOLDER_NAMES = ("model.safetensors", "model.safetensors.index.json")
 class ModelFiles:
     """Named tensors in safetensors files, of which one is open at a time.
 
-    Args:
-        path: a file, an index, or a folder with ``model.safetensors`` or its index.
-        call: the public call, for errors.
-
     Attributes:
         forms: name to shape and dtype of every tensor, in the files' order.
     """

@@ -52,13 +52,8 @@ def parts_finished(path: Path) -> tuple[int, int]:
 class PartsFile:
     """The parts of a Fisher file, of which some may be there from a run that was interrupted.
 
-    Args:
-        path: of the Fisher file.
-        settings: what the result depends on beside the data, as JSON; another run's parts are not gone on with.
-        data: gives what tells the data from others, known once a part has been made.
-        largest: bytes of a file where no tensor has more; None for one file a part.
-        overwrite: discard parts of another run.
-        call: the public call, for errors.
+    ``settings``, and ``data`` once a part has been made, tell this run from others, whose parts are not gone on with;
+    ``overwrite`` discards those. ``largest`` is as in `cut`.
 
     Raises:
         InvalidArgumentError: parts of another run are there.

@@ -185,7 +185,7 @@ def read_tensors(
                 tensors[name] = found.to(device)
             return header, tensors
     except UNREADABLE as error:
-        raise FileFormatError(**damaged(call, error, writer=writer)) from error
+        raise damaged(call, error, writer=writer) from error
 
 
 def files_of_index(index: Path) -> dict[str, Path]:
@@ -193,11 +193,9 @@ def files_of_index(index: Path) -> dict[str, Path]:
     return {name: index.with_name(file) for name, file in dict(parse(index.read_text("utf-8"))["weight_map"]).items()}
 
 
-def damaged(call: str, error: Exception | str, *, name: str = "a file", writer: str = "fisher.save") -> dict[str, str]:
-    """What a FileFormatError says of a file that cannot be read, under the name that it has in the sentence."""
-    return {
-        "call": call,
-        "got": f"{name} that cannot be read ({error})",
-        "expected": f"a complete file written by {writer}",
-        "try_": "another copy of it, or save it again; an interrupted save leaves the old file in place",
-    }
+def damaged(call: str, error: Exception | str, *, name: str = "a file", writer: str = "fisher.save") -> FileFormatError:
+    """The error of a file that cannot be read, under the name that it has in the sentence."""
+    return FileFormatError(
+        call=call, got=f"{name} that cannot be read ({error})", expected=f"a complete file written by {writer}",
+        try_="another copy of it, or save it again; an interrupted save leaves the old file in place",
+    )  # fmt: skip

@@ -5,21 +5,11 @@ Knows operators by their blocks and solves, models by their tensors; no other ap
 
 from fisherkit.merging.assembly import BlockInfo, MergeInfo
 from fisherkit.merging.export import to_mergekit
-from fisherkit.merging.line_search import line_search
-from fisherkit.merging.merge import average, merge, merge_layers, regmean, task_arithmetic
+from fisherkit.merging.merge import average, line_search, merge, merge_layers, regmean, task_arithmetic
 from fisherkit.merging.policy import MergePolicy
 from fisherkit.merging.second_moment import from_optimizer
 
 __all__ = [
-    "BlockInfo",
-    "MergeInfo",
-    "MergePolicy",
-    "average",
-    "from_optimizer",
-    "line_search",
-    "merge",
-    "merge_layers",
-    "regmean",
-    "task_arithmetic",
-    "to_mergekit",
-]
+    "BlockInfo", "MergeInfo", "MergePolicy", "average", "from_optimizer", "line_search", "merge", "merge_layers",
+    "regmean", "task_arithmetic", "to_mergekit",
+]  # fmt: skip

@@ -132,19 +132,7 @@ class MergeInfo:
 
 @dataclass(frozen=True)
 class Job:
-    """What every way of merging is given.
-
-    Args:
-        call: the public call, for errors.
-        models: θ_t.
-        weights: w_t, of averages.
-        center: where damping pulls to, and for names that take its value; None for the average.
-        policy: what is allowed.
-        out: a folder or file; None for a state dict.
-        overwrite: whether a model that is there may be replaced.
-        return_info: whether there is a `MergeInfo`.
-        progress: show progress bars.
-    """
+    """What every way of merging is given."""
 
     call: str
     models: Sequence[ModelSource]
@@ -211,9 +199,7 @@ class Job:
     def _path(self) -> Path:
         """The target's path, which must not be a model's."""
         if not isinstance(self.out, (str, Path)):
-            raise InvalidTypeError(
-                call=self.call, got=f"out of type {type(self.out).__name__}", expected="a path or None"
-            )
+            raise InvalidTypeError(call=self.call, got=f"out of type {type(self.out).__name__}", expected="a path")
         ours = {place.resolve() for place in targets(Path(self.out))}
         for model in (*self.models, *([self.center] if self.center else [])):
             if ours & {file.resolve() for file in model.files}:

@@ -30,7 +30,6 @@ from fisherkit.operators import (
     DenseOperator,
     Factorization,
     FisherOperator,
-    KroneckerOperator,
     RelativeDamping,
     SumOperator,
     add,
@@ -38,7 +37,6 @@ from fisherkit.operators import (
 from fisherkit.operators.base import convert
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.kronecker_sum import solve_two_products
-from fisherkit.operators.linalg import nearest_semidefinite
 from fisherkit.operators.normalization import check_normalize, factor_of_size, frobenius_norm
 from fisherkit.operators.outputs_average import average_over_outputs, mix_with_average
 from fisherkit.progress import bar
@@ -129,15 +127,7 @@ def _factors(
 
 @dataclass(frozen=True)
 class BlockwiseMerge:
-    """The problem, ready to be solved block by block.
-
-    Args:
-        job: the models, their weights, the center, the policy.
-        sources: F_t.
-        scales: c_t of each block, and λ.
-        output_damping: ρ.
-        infos: how each block was solved; filled while `solutions` runs.
-    """
+    """The problem, ready to be solved block by block; ``infos`` is filled while `solutions` runs."""
 
     job: Job
     sources: Sequence[FisherSource]
@@ -213,7 +203,7 @@ class BlockwiseMerge:
             if factor == 0:
                 continue
             theta = torch.cat([read_double(model, name, device).reshape(-1) for name in names])
-            block = _in_double(source.read(names), device)
+            block = convert(source.read(names), torch.float64, device)
             yield block, factor, theta.sub_(center)
             del theta, block  # before the next are made
 
@@ -232,19 +222,6 @@ class BlockwiseMerge:
                 "Try: a larger damping, more max_steps, or a larger tolerance.",
                 NotConvergedWarning,
             )
-
-
-def _in_double(block: FisherOperator, device: torch.device) -> FisherOperator:
-    """`convert` to float64, which decomposes no Kronecker factor that is positive definite as it is."""
-    if block.factors is None or block.layout is None or block.dtype == torch.float64:
-        return convert(block, torch.float64, device)
-    found = []
-    for factor in block.factors:
-        matrix = factor.to(device, torch.float64)
-        indefinite = bool(torch.linalg.cholesky_ex(matrix)[1])
-        found.append(nearest_semidefinite(factor.to(device), "merge")[0] if indefinite else matrix)
-    a, g = found
-    return KroneckerOperator(block.space, a, g, block.layout.transposed, symmetric=True)
 
 
 def solve(

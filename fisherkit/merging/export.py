@@ -17,7 +17,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.io import part_folder, replace_text, require_folder
 from fisherkit.io.model_files import written
 from fisherkit.io.tensors import Form
-from fisherkit.merging.fishers import Fisher, check_measured, open_fishers
+from fisherkit.merging.fishers import Fisher, check_fits, check_measured, open_fishers
 from fisherkit.merging.models import open_model
 from fisherkit.merging.policy import MOST_LISTED, WORDS
 
@@ -87,14 +87,7 @@ def to_mergekit(
     source = open_model(folder, "the model", CALL)
     (found,) = open_fishers([fisher], [source], CALL)
     shapes = dict(zip(found.space.names, found.space.shapes, strict=True))
-    odd = [repr(name) for name, shape in shapes.items() if source.shapes.get(name) != shape]
-    if odd:
-        raise InvalidArgumentError(
-            call=CALL, got=f"a Fisher over parameters that {folder} lacks or has in another shape: "
-            f"{listed(odd, MOST_LISTED)}",
-            expected="the Fisher of this model",
-            why="a tied parameter has only the name of the first module that holds it", try_="the model's own folder",
-        )  # fmt: skip
+    check_fits(found, source, "a Fisher", CALL)
     lost = [repr(name) for name in source.shapes if name not in shapes]
     if lost and uncovered == "refuse":
         raise InvalidArgumentError(

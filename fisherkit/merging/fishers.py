@@ -30,16 +30,7 @@ Names: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class FisherSource:
-    """Independent diagonal blocks of one Fisher.
-
-    Args:
-        space: all its parameters.
-        metadata: what was recorded when it was built.
-        blocks: names of each of the finest independent blocks.
-        device: where they are once read.
-        read: the operator over some whole blocks.
-        recorded: names to those under which they were measured, where these differ.
-    """
+    """Independent diagonal blocks of one Fisher; ``recorded`` are the names at its measurement, where they differ."""
 
     space: ParameterSpace
     metadata: Mapping[str, str]
@@ -169,6 +160,21 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str], call: s
                     try_="Fishers built from models of one class",
                 )
     return blocks
+
+
+def check_fits(source: FisherSource, model: ModelSource, label: str, call: str) -> None:
+    """Refuse a Fisher over what its model lacks or has in another shape."""
+    odd = [
+        f"{name!r} ({list(shape)} and {list(model.shapes[name])})" if name in model.shapes else repr(name)
+        for name, shape in zip(source.space.names, source.space.shapes, strict=True) if model.shapes.get(name) != shape
+    ]  # fmt: skip
+    if odd:
+        raise InvalidArgumentError(
+            call=call, got=f"{label} over parameters that {model.label} lacks or has in another shape: {listed(odd)}",
+            expected="the Fisher of this model",
+            why="a tied parameter has only the name of the first module that holds it",
+            try_="another model, another order of fishers, or the Fisher measured again",
+        )  # fmt: skip
 
 
 def check_measured(

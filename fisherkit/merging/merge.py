@@ -10,26 +10,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fisherkit.arguments import check_number, is_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Data
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
 from fisherkit.kinds import ExactFisher
-from fisherkit.merging.assembly import BlockInfo, Job
+from fisherkit.merging.assembly import Job, MergeInfo
 from fisherkit.merging.blocks import BlockwiseMerge, measure
 from fisherkit.merging.fishers import (
     Fisher,
     FisherSource,
     Names,
     activations,
+    check_fits,
     check_measured,
     joined_blocks,
     open_fishers,
@@ -43,7 +45,7 @@ from fisherkit.merging.models import (
     read_double,
     weighted_average,
 )
-from fisherkit.merging.policy import Entries, MergePolicy, check_center, checked, decide
+from fisherkit.merging.policy import Decision, Entries, MergePolicy, check_center, checked
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping
 from fisherkit.progress import bar
 from fisherkit.space import ParameterSpace
@@ -193,7 +195,7 @@ def _merged(
     call = job.call
     unverified = check_measured(job.models, measured, job.policy.other_weights, call)
     covered = [name for name in sources[0].space.names if all(name in source.space.slices for source in sources)]
-    entries = decide(job.models, covered, job.center, job.policy, call)
+    entries = Decision(job.models, set(covered), job.center, job.policy, call).entries()
     blocks = _blocks(entries, job, sources, [name for name in covered if entries[name].action == "merged"])
     scales = measure(sources, blocks, job.weights, normalize, damping, call, progress=job.progress)
     problem = BlockwiseMerge(job, sources, scales, output_damping)
@@ -248,20 +250,7 @@ def _center(center: str | Model, call: str) -> ModelSource | None:
 def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged: Sequence[str]) -> list[Names]:
     """The joined partition of the names that are merged, once Fishers and center are known to fit the models."""
     for number, (model, source) in enumerate(zip(job.models, sources, strict=True), 1):
-        shapes = dict(zip(source.space.names, source.space.shapes, strict=True))
-        unknown = [name for name in shapes if name not in model.shapes]
-        odd = [
-            f"{name!r} ({list(shape)} and {list(model.shapes[name])})"
-            for name, shape in shapes.items() if model.shapes.get(name, shape) != shape
-        ]  # fmt: skip
-        wrong = [f"lacks: {unknown}"] * bool(unknown) + [f"has in another shape: {', '.join(odd)}"] * bool(odd)
-        if wrong:
-            raise InvalidArgumentError(
-                call=job.call, got=f"Fisher {number} over parameters that model {number} {' and '.join(wrong)}",
-                expected="the Fisher of this model",
-                why="a tied parameter has only the name of the first module that holds it",
-                try_="another order of fishers, or the Fisher measured again",
-            )  # fmt: skip
+        check_fits(source, model, f"Fisher {number}", job.call)
     _check_some(merged, job.call)
     if job.center is not None:
         check_center(job.center, {name: entries[name].shape for name in merged}, job.call)
@@ -320,7 +309,7 @@ def averaged(
     job = Job(
         call, sources, check_weights(weights, len(sources), call), None, allowed, out, overwrite, return_info, progress
     )
-    return job.result(decide(sources, (), None, allowed, call), ())
+    return job.result(Decision(sources, (), None, allowed, call).entries(), ())
 
 
 def task_arithmetic(
@@ -372,7 +361,7 @@ def task_arithmetic(
         if all(name not in m.buffers and m.dtypes.get(name, torch.float32).is_floating_point for m in everything)
         and any(name in m.shapes and name not in m.aliases for m in everything)  # else it is tied
     ]  # fmt: skip
-    entries = decide(everything, parameters, start, allowed, call)
+    entries = Decision(everything, set(parameters), start, allowed, call).entries()
 
     def merged() -> Iterator[tuple[str, Tensor]]:
         for name in (name for name, entry in entries.items() if entry.action == "merged"):
@@ -464,60 +453,42 @@ def merge_layers(
     own = check_weights(weights, len(sources), call)
     allowed = checked(policy, call, "refuse")
     job = Job(call, sources, own, None, allowed, out, overwrite, return_info, progress)
-    entries = decide(sources, [name for names in order for name in names], None, allowed, call)
+    entries = Decision(sources, {name for names in order for name in names}, None, allowed, call).entries()
     order = [names for stage in order if (names := tuple(n for n in stage if entries[n].action == "merged"))]
     _check_some(order, call)
     settings = {"damping": damping, "normalize": normalize, "output_damping": output_damping, "policy": policy}
-    work = _Stages(job, [unwrapped(model) for model in models], data, fisher, settings)
+    infos: list[MergeInfo] = []
     found = job.result(
-        entries, work.solutions(order, entries), normalize=normalize, output_damping=output_damping, blocks=work.blocks
-    )
+        entries, _stages(job, models, data, fisher, order, entries, infos, settings), normalize=normalize,
+        output_damping=output_damping,
+    )  # fmt: skip
     if not return_info:
         return found
-    return found[0], replace(found[1], damping=max(work.dampings))
+    blocks = tuple(block for info in infos for block in info.blocks)
+    return found[0], replace(found[1], blocks=blocks, damping=max(info.damping for info in infos))
 
 
-@dataclass(frozen=True)
-class _Stages:
-    """The stages' merges, one after another.
-
-    Args:
-        job: the models, their weights, the policy.
-        data: of each model.
-        fisher: what measures a stage.
-        settings: keywords of `merge`.
-        blocks: how each block was solved; filled while `solutions` runs.
-        dampings: λ of each stage, likewise.
-    """
-
-    job: Job
-    models: Sequence[nn.Module]
-    data: Sequence[Data]
-    fisher: Callable[..., FisherOperator]
-    settings: dict[str, Any]
-    blocks: list[BlockInfo] = field(default_factory=list)
-    dampings: list[float] = field(default_factory=list)
-
-    def solutions(self, order: Sequence[tuple[str, ...]], entries: Entries) -> Iterator[tuple[str, Tensor]]:
-        """Every staged name and its merged values."""
-        between = [copy.deepcopy(model) for model in self.models]
-        for name, entry in entries.items():
-            if entry.action == "averaged":
-                _put(between, name, weighted_average(self.job.models, self.job.weights, name))
-            elif entry.action == "first":
-                _put(between, name, self.job.models[0].read(name))
-        with bar(len(order), "merge_layers", "stages", shown=self.job.progress) as shown:
-            for names in order:
-                pairs = zip(between, self.data, strict=True)
-                fishers = [self.fisher(model, own, params=list(names)) for model, own in pairs]
-                states = [{name: model.get_parameter(name) for name in names} for model in between]
-                merged, info = merge(states, fishers, self.job.weights, return_info=True, **self.settings)
-                self.blocks.extend(info.blocks)
-                self.dampings.append(info.damping)
-                for name, tensor in merged.items():
-                    _put(between, name, tensor)
-                shown.update(1)
-                yield from merged.items()
+def _stages(
+    job: Job, models: Sequence[nn.Module], data: Sequence[Data], fisher: Callable[..., FisherOperator],
+    order: Sequence[tuple[str, ...]], entries: Entries, infos: list[MergeInfo], settings: dict[str, Any],
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Every staged name and its merged values; ``infos`` gets what each stage's merge did."""
+    between = [copy.deepcopy(unwrapped(model)) for model in models]
+    for name, entry in entries.items():
+        if entry.action == "averaged":
+            _put(between, name, weighted_average(job.models, job.weights, name))
+        elif entry.action == "first":
+            _put(between, name, job.models[0].read(name))
+    with bar(len(order), "merge_layers", "stages", shown=job.progress) as shown:
+        for names in order:
+            fishers = [fisher(model, own, params=list(names)) for model, own in zip(between, data, strict=True)]
+            states = [{name: model.get_parameter(name) for name in names} for model in between]
+            merged, info = merge(states, fishers, job.weights, return_info=True, **settings)
+            infos.append(info)
+            for name, tensor in merged.items():
+                _put(between, name, tensor)
+            shown.update(1)
+            yield from merged.items()
 
 
 def _put(models: Sequence[nn.Module], name: str, tensor: Tensor) -> None:
@@ -538,3 +509,85 @@ def _check_stages(order: Sequence[tuple[str, ...]], space: ParameterSpace, call:
             expected="names of model.named_parameters(), each once", why="each parameter is merged once",
             try_="stages=None, for a stage a module",
         )  # fmt: skip
+
+
+# -- checked against the average, where examples are at hand -----------------------------------------------------------
+
+
+Loss = Callable[[dict[str, Tensor]], float | Tensor]
+
+
+def line_search(
+    start: Model,
+    end: Model,
+    loss: Loss,
+    *,
+    shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    policy: MergePolicy | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    return_info: bool = False,
+) -> Any:
+    """The model of least loss among θ_start + s (θ_end − θ_start), such as between the models' average and a merge.
+
+    What `merge` minimises are quadratic forms around each model, which need not hold where the merged model is. A few
+    examples of each task say whether they do, and how far to go: by this loss the result is no worse than either end.
+
+    Args:
+        start: a module, state dict or path, such as the models' `average`.
+        end: the same of a merged model.
+        loss: takes a state dict and returns its loss on examples of all tasks, best of all held-out ones. Losses that
+            are not finite count as larger than all others.
+        shares: s that are tried, from 0 to 1; of equal losses the first counts.
+        policy: what is allowed where the two leave a choice besides parameters, as in `average`.
+        out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
+        overwrite: replace a model that is there.
+        return_info: also return a `MergeInfo`, whose ``losses`` are of all shares and whose ``share`` is the s taken.
+
+    Returns:
+        A state dict, or the path of what was written; with ``return_info`` a pair with the `MergeInfo`.
+
+    Raises:
+        InvalidTypeError: a loss that is no function, or returns no number; shares that are none; as in `average`.
+        InvalidArgumentError: no share, or one below 0 or above 1; as in `average`.
+        NonFiniteError: no loss is finite; as in `average`.
+
+    Cost: a reading of both models and an evaluation of the loss for each share; a copy of what is no path.
+    """
+    call = "line_search"
+    if not callable(loss):
+        raise InvalidTypeError(
+            call=call, got=f"loss of type {type(loss).__name__}", expected="a function of a state dict",
+            try_="lambda state: cross_entropy(functional_call(model, state, x), y)",
+        )  # fmt: skip
+    if not isinstance(shares, Sequence):
+        raise InvalidTypeError(
+            call=call, got=f"shares of type {type(shares).__name__}", expected="a sequence of numbers from 0 to 1",
+            try_="shares=(0, 0.5, 1)",
+        )  # fmt: skip
+    tried = [check_number(call, "shares", share, most=1) for share in shares]
+    if not tried:
+        raise InvalidArgumentError(call=call, got="shares=()", expected="at least one", try_="shares=(0, 0.5, 1)")
+    # The loss may load states into the very modules whose tensors these are.
+    ends = [model if isinstance(model, (str, Path)) else copy.deepcopy(model) for model in (start, end)]
+    losses = tuple((share, _loss_of(loss, averaged(call, ends, [1 - share, share], policy))) for share in tried)
+    best, least = min(losses, key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf)
+    if not math.isfinite(least):
+        raise NonFiniteError(
+            call=call, got=f"losses {[value for _, value in losses]}", expected="a finite one",
+            why="neither model has a loss that can be compared", try_="look at the loss of each model",
+        )  # fmt: skip
+    found, info = averaged(call, ends, [1 - best, best], policy, out, overwrite, return_info=True)
+    return (found, replace(info, losses=losses, share=best)) if return_info else found
+
+
+def _loss_of(loss: Loss, state: dict[str, Tensor]) -> float:
+    found = loss(state)
+    if isinstance(found, np.generic) or (isinstance(found, Tensor) and found.numel() == 1):
+        found = found.item()
+    if not is_number(found):
+        raise InvalidTypeError(
+            call="line_search", got=f"a loss that returns {found!r:.80}", expected="a number, or a tensor of one",
+            try_="its mean over examples",
+        )  # fmt: skip
+    return float(found)

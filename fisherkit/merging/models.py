@@ -30,18 +30,9 @@ STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Named tensors of one model.
+    """Named tensors of one model: ``read`` gives one, which is not to be changed and may share memory with the model.
 
-    Args:
-        label: what messages call it.
-        call: the public call, for errors.
-        shapes: name to shape, in the model's order.
-        dtypes: name to dtype.
-        read: a tensor by its name; it may share memory with the model and is not to be changed.
-        buffers: names that are no parameters.
-        aliases: a later name of a tensor to its first name, where two names share one tensor.
-        devices: name to where the tensor lies; what is in files is not listed.
-        files: all files that belong to it.
+    ``aliases`` lead from a later name of a tensor to its first; ``devices`` say nothing of what is in files.
     """
 
     label: str

@@ -105,14 +105,7 @@ def checked(policy: MergePolicy | None, call: str, uncovered: str) -> MergePolic
 
 @dataclass(frozen=True)
 class Entry:
-    """What becomes of one name.
-
-    Args:
-        shape: of the result.
-        dtype: of the result.
-        action: "merged", "averaged", "first", "center", "equal", "tied" or "skipped".
-        owner: the name whose tensor a tied one shares.
-    """
+    """What becomes of one name: ``action`` is as in `MergeInfo`; a tied one shares the tensor of ``owner``."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -132,25 +125,21 @@ Entries = dict[str, Entry]
 """Every name of any model to what becomes of it, in the order of the models."""
 
 
-def decide(
-    models: Sequence[ModelSource], covered: Collection[str], center: ModelSource | None, policy: MergePolicy, call: str
-) -> Entries:
-    """Decide on every name before anything is computed, or refuse with a list and the setting that allows it.
-
-    Cost: reads every tensor that no Fisher covers, of all models, one by one.
-    """
-    return _Decision(models, frozenset(covered), center, policy, call).entries()
-
-
 @dataclass(frozen=True)
-class _Decision:
+class Decision:
+    """What becomes of every name, of which Fishers cover some."""
+
     models: Sequence[ModelSource]
-    covered: frozenset[str]
+    covered: Collection[str]
     center: ModelSource | None
     policy: MergePolicy
     call: str
 
     def entries(self) -> Entries:
+        """Decide before anything is computed, or refuse with a list and the setting that allows it.
+
+        Cost: reads every tensor that no Fisher covers, of all models, one by one.
+        """
         names = list(dict.fromkeys(name for model in self.models for name in model.shapes))
         self._check_names(names)
         tied = {name: owner for name in names if (owner := self._owner(name))}
@@ -183,7 +172,7 @@ class _Decision:
                     call=self.call, got=f"{prefix!r} before every name of {one.label} and not of {other.label}",
                     expected="models by their own names", why=why, try_=_without(prefix),
                 )  # fmt: skip
-        if unknown := sorted(self.covered - set(names)):
+        if unknown := sorted(set(self.covered) - set(names)):
             prefix = _prefix(names, unknown[0])
             raise InvalidArgumentError(
                 call=self.call,

@@ -77,7 +77,12 @@ def from_optimizer(
     _check_states(optimizer, states)
     for name, parameter in own.items():
         group, state = groups[id(parameter)], states[name]
-        _check_decay(optimizer, group)
+        if (decay := group.get("weight_decay", 0)) and not group.get("decoupled_weight_decay", False):
+            raise InvalidArgumentError(
+                call=CALL, got=f"{type(optimizer).__name__} with weight_decay={decay}",
+                expected="none, or a decoupled one as AdamW's",
+                why="the gradients that it has squared have weight_decay · θ in them", try_="torch.optim.AdamW",
+            )  # fmt: skip
         step = float(state["step"])
         moment = state["exp_avg_sq"].detach().to(at_least_single(parameter.dtype)) / (1 - group["betas"][1] ** step)
         if not bool(moment.isfinite().all()):
@@ -142,16 +147,6 @@ def _check_states(optimizer: torch.optim.Optimizer, states: Mapping[str, Mapping
             call=CALL, got=f"{name} without a second moment of {listed(map(repr, without), 8)}",
             expected="gradients of all parameters that it changes", why="these have had no gradient in any step",
             try_="the named parameters without them",
-        )  # fmt: skip
-
-
-def _check_decay(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
-    decay = group.get("weight_decay", 0)
-    if decay and not group.get("decoupled_weight_decay", False):
-        raise InvalidArgumentError(
-            call=CALL, got=f"{type(optimizer).__name__} with weight_decay={decay}",
-            expected="none, or a decoupled one as AdamW's",
-            why="the gradients that it has squared have weight_decay · θ in them", try_="torch.optim.AdamW",
         )  # fmt: skip
 
 

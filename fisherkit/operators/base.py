@@ -698,7 +698,7 @@ def convert(operator: FisherOperator, dtype: torch.dtype, device: torch.device) 
 
     Sums of several Fishers with little damping cancel: they are solved in float64, whatever dtype they are kept in. A
     matrix that is positive semi-definite up to the rounding of its own dtype becomes so up to that of float64, which
-    takes an eigen-decomposition of every dense matrix and Kronecker factor.
+    takes an eigen-decomposition of every dense matrix, and of Kronecker factors that are not positive definite.
 
     Raises:
         NoClosedFormError: the rows are streamed from the data and lie nowhere.

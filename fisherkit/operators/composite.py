@@ -138,14 +138,10 @@ class BlockDiagonalOperator(CompositeOperator):
         if not isinstance(other, BlockDiagonalOperator):
             return None
         partners = {block.space: block for block in other.blocks}
-        folded: list[FisherOperator] = []
-        for block in self.blocks:
-            partner = partners.get(block.space)
-            total = None if partner is None else fold(block, partner)
-            if total is None:
-                return None
-            folded.append(total)
-        return BlockDiagonalOperator(self.space, folded)
+        pairs = ((block, partners.get(block.space)) for block in self.blocks)
+        folded = [None if partner is None else fold(block, partner) for block, partner in pairs]
+        whole = [block for block in folded if block is not None]
+        return BlockDiagonalOperator(self.space, whole) if len(whole) == len(folded) else None
 
     def _leading(self, k: int) -> list[Float[Tensor, "_"]]:
         """The blocks' largest eigenvalues, among which the k largest of all lie."""
@@ -218,16 +214,10 @@ def split(operator: FisherOperator) -> tuple[FisherOperator, ...]:
         of a diagonal operator a diagonal for each parameter, of a sum the blocks of its terms joined where they
         overlap. Tensors are shared with the operator.
     """
-    return tuple(map(_bare, operator._blocks()))
-
-
-def _bare(operator: FisherOperator) -> FisherOperator:
-    """The operator without metadata; itself if it has none."""
-    if not operator.metadata:
-        return operator
-    bare = copy.copy(operator)
-    bare.metadata = {}
-    return bare
+    blocks = tuple(copy.copy(block) if block.metadata else block for block in operator._blocks())
+    for block in blocks:
+        block.metadata = {}
+    return blocks
 
 
 def owners_of_leading(leading: Sequence[Float[Tensor, "_"]], k: int) -> Int[Tensor, "k"]:
@@ -268,16 +258,16 @@ class _BlockFactorization(Factorization):
         return self._whole._scatter([f._solve(part) for f, part in zip(self._inverses, parts, strict=True)])
 
     def _row_products(self, probe: Rows, queries: int, others: int) -> RowProducts:
-        if not aligned(self._spaces, probe):
-            return super()._row_products(probe, queries, others)
-        return self._joined(lambda own, part: own._row_products(part, queries, others), probe)
+        found = self._joined(lambda own, part: own._row_products(part, queries, others), probe)
+        return found or super()._row_products(probe, queries, others)
 
     def _unit_products(self, probe: Rows) -> RowProducts:
-        if not aligned(self._spaces, probe):
-            return super()._unit_products(probe)
-        return self._joined(lambda own, part: own._unit_products(part), probe)
+        return self._joined(lambda own, part: own._unit_products(part), probe) or super()._unit_products(probe)
 
-    def _joined(self, of: Callable[[Factorization, Rows], RowProducts], probe: Rows) -> BlockProducts:
+    def _joined(self, of: Callable[[Factorization, Rows], RowProducts], probe: Rows) -> BlockProducts | None:
+        """The blocks' products; None of rows whose units lie in several."""
+        if not aligned(self._spaces, probe):
+            return None
         pairs = zip(self._spaces, self._inverses, strict=True)
         return BlockProducts([(space, of(own, probe.restrict(space))) for space, own in pairs])
 
@@ -375,7 +365,12 @@ def add(a: FisherOperator, b: FisherOperator) -> FisherOperator:
     _check_terms(terms, f"{a._name} + {b._name}")
     folded: list[FisherOperator] = []
     for term in terms:
-        folded = _absorb(folded, term)
+        for place, known in enumerate(folded):
+            if (total := fold(known, term)) is not None:
+                folded[place] = total
+                break
+        else:
+            folded.append(term)
     return folded[0] if len(folded) == 1 else SumOperator(folded)
 
 
@@ -482,15 +477,6 @@ def _joined(space: ParameterSpace, terms: Sequence[Makers]) -> Makers:
 
 def _sum(space: ParameterSpace, terms: Sequence[Sequence[Callable[[], FisherOperator]]]) -> FisherOperator:
     return functools.reduce(add, [join(space, [make() for make in makers]) for makers in terms])
-
-
-def _absorb(terms: list[FisherOperator], new: FisherOperator) -> list[FisherOperator]:
-    """The terms and one more, folded into the first that can take it."""
-    for index, term in enumerate(terms):
-        folded = fold(term, new)
-        if folded is not None:
-            return [*terms[:index], folded, *terms[index + 1 :]]
-    return [*terms, new]
 
 
 def _check_terms(terms: Sequence[FisherOperator], call: str) -> None:

@@ -20,13 +20,7 @@ PRECISE = 1e-2
 
 @dataclass(frozen=True)
 class DampedGram:
-    """s · JJᵀ + λI, R × R, by its Cholesky factor.
-
-    Args:
-        factor: lower, float64.
-        rounding: what it leaves of a solution where inner products are multiplied in the rows' dtype.
-        precise: whether they were multiplied in float64.
-    """
+    """s · JJᵀ + λI, R × R, by its lower Cholesky factor, float64; ``rounding`` is what it leaves of a solution."""
 
     factor: Float[Tensor, "R R"]
     rounding: float
@@ -87,7 +81,7 @@ def _products(rows: Rows | SharedRows, precise: bool, scale: float) -> Float[Ten
     return found if scale == 1 else found.mul_(scale)
 
 
-def damped_cholesky(matrix: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n n"], Tensor]:
+def damped_cholesky(matrix: Float[Tensor, "n n"], damping: float | Tensor) -> tuple[Float[Tensor, "n n"], Tensor]:
     """Of A + λI, made in A's memory; the second is 0 where there is a factor."""
     matrix.diagonal().add_(damping)
     return torch.linalg.cholesky_ex(matrix)

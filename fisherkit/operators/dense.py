@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import DirectFactorization, Factorization
 from fisherkit.operators.linalg import (
@@ -60,9 +59,7 @@ class DenseOperator(FisherOperator):
                 lambda: 2 * factor.diagonal().log().sum(),
             )  # fmt: skip
         if damping == 0.0:
-            raise SingularMatrixError(
-                **singular("DenseOperator.factorize", damping, f"its rank is below D = {self.size:,}")
-            )
+            raise singular("DenseOperator.factorize", damping, f"its rank is below D = {self.size:,}")
         # F + λI is positive definite, only not to Cholesky in float64: the spectrum still gives the null space λ.
         values, vectors, _ = self._spectrum
         reciprocal = damped_reciprocal(values, damping, torch.float64, "DenseOperator.factorize").unsqueeze(-1)

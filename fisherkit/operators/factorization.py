@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, final, overload
@@ -53,25 +54,16 @@ class RowSolution(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no solutions by unit")
 
 
-class RowProducts(ABC):
-    """The map r, q ↦ rᵀ(F + λI)⁻¹q.
+class RowProducts:
+    """The map r, q ↦ rᵀ(F + λI)⁻¹q: ``solve`` makes the queries' side.
 
-    Args:
-        kept: how many numbers a solution holds for one query.
-        passing: how many more its making holds.
+    Of one query a solution holds ``kept`` numbers, and its making ``passing`` more.
     """
 
+    solve: Callable[[Rows], RowSolution]
+
     def __init__(self, kept: int, passing: int) -> None:
-        self.kept, self.passing = kept, passing
-
-    @property
-    def numbers_per_query(self) -> int:
-        """At most, at one time."""
-        return self.kept + self.passing
-
-    @abstractmethod
-    def solve(self, queries: Rows) -> RowSolution:
-        """The queries' side."""
+        self.kept, self.passing, self.numbers_per_query = kept, passing, kept + passing
 
 
 class SolvedProducts(RowProducts):
@@ -79,18 +71,14 @@ class SolvedProducts(RowProducts):
 
     def __init__(self, solve: Callable[[Rows], Tensor], size: int) -> None:
         super().__init__(size, 3 * size)  # beside the solution the row, and a solver's two temporaries
-        self._solve = solve
-
-    def solve(self, queries: Rows) -> Solved:
-        """Solve for all queries at once."""
-        return Solved(self._solve(queries))
+        self.solve = lambda queries: _Solved(solve(queries))
 
 
-class Solved(RowSolution):
+@dataclass(frozen=True)
+class _Solved(RowSolution):
     """Columns X = (F + λI)⁻¹Q."""
 
-    def __init__(self, columns: Float[Tensor, "D Q"]) -> None:
-        self.columns = columns
+    columns: Float[Tensor, "D Q"]
 
     def parts(self, rows: Rows) -> Iterator[Part]:
         """Products of the other rows with the solutions, unit by unit."""
@@ -107,36 +95,24 @@ class BlockProducts(RowProducts):
     def __init__(self, parts: Sequence[tuple[ParameterSpace, RowProducts]]) -> None:
         super().__init__(sum(part.kept for _, part in parts), max(part.passing for _, part in parts))
         self._parts = parts
-
-    def solve(self, queries: Rows) -> RowSolution:
-        """Solve for the queries block by block."""
-        return _BlockSolution([(space, part.solve(queries.restrict(space))) for space, part in self._parts])
+        self.solve = lambda queries: _BlockSolution([(own, one.solve(queries.restrict(own))) for own, one in parts])
 
 
+@dataclass(frozen=True)
 class _BlockSolution(RowSolution):
-    def __init__(self, solutions: Sequence[tuple[ParameterSpace, RowSolution]]) -> None:
-        self._solutions = solutions
+    solutions: Sequence[tuple[ParameterSpace, RowSolution]]
 
     def parts(self, rows: Rows) -> Iterator[Part]:
-        for space, solution in self._solutions:
+        for space, solution in self.solutions:
             yield from solution.parts(rows.restrict(space))
 
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
-        found = (solution.products(rows.restrict(space)) for space, solution in self._solutions)
+        found = (solution.products(rows.restrict(space)) for space, solution in self.solutions)
         return functools.reduce(torch.add, found)
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        own, solution = next((own, solution) for own, solution in self._solutions if names[0] in own.names)
+        own, solution = next((own, solution) for own, solution in self.solutions if names[0] in own.names)
         return solution.unit(own, names)
-
-
-def solved_squares(solve: Callable[[Tensor], Tensor], rows: Rows) -> Float[Tensor, "R"]:
-    """rᵀ(F + λI)⁻¹r of each row by solves, a few rows at a time; float64."""
-    parts = []
-    for span in spans(rows.count, 4 * rows.space.size):
-        columns = rows.some(span).dense().mT
-        parts.append((columns.double() * solve(columns).double()).sum(0))
-    return torch.cat(parts)
 
 
 def aligned(spaces: Sequence[ParameterSpace], rows: Rows) -> bool:
@@ -184,8 +160,12 @@ class Factorization(ABC):
         return self._solve(queries.dense().mT)
 
     def _row_squares(self, rows: Rows) -> Float[Tensor, "R"]:
-        """rᵀ(F + λI)⁻¹r of each row."""
-        return solved_squares(self._solve, rows)
+        """rᵀ(F + λI)⁻¹r of each row; by solves a few rows at a time, and float64."""
+        parts = []
+        for span in spans(rows.count, 4 * rows.space.size):
+            columns = rows.some(span).dense().mT
+            parts.append((columns.double() * self._solve(columns).double()).sum(0))
+        return torch.cat(parts)
 
     def _solve_with_info(
         self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False

@@ -135,7 +135,7 @@ class FisherFile:
     @cached_property
     def blocks(self) -> tuple[tuple[str, ...], ...]:
         """Names of the finest independent blocks, as `fisherkit.operators.split` gives them."""
-        return tuple(blocks_of_node(self.header.root, self.space, self.header.reader(self.device)))
+        return tuple(blocks_of_node(self.header.root, self.space, io.Reader(self.header, self.device)))
 
     def read(self, names: Iterable[str]) -> FisherOperator:
         """The operator over some of the blocks, without metadata; reads their tensors and nothing else.
@@ -152,7 +152,7 @@ class FisherFile:
         chosen = self._chosen(wanted)
         call = self.header.call
         with parts_fit(call):
-            blocks = blocks_of_node(self.header.root, self.space, self.header.reader(self.device))
+            blocks = blocks_of_node(self.header.root, self.space, io.Reader(self.header, self.device))
             made = [blocks[block]() for block in chosen]
         return made[0] if len(made) == 1 else BlockDiagonalOperator(self.space.restrict(wanted), made)
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from fisherkit import io
 from fisherkit.errors import FisherkitError
@@ -97,16 +96,15 @@ class PackedOperator(ForwardingOperator):
         found = _LATEST.get(self)
         if found is None:
             _LATEST.clear()
-            wide = {name: self._wide(name, tensor) for name, tensor in self.packed.tensors.items()}
+            wide = dict(self.packed.tensors)
+            for name, tensor in wide.items():
+                if name.endswith("_basis"):
+                    wide[name] = nearest_orthonormal(tensor.to(self.dtype))
+                elif tensor.is_floating_point():  # eigenvalues may be in float64
+                    wide[name] = tensor.to(torch.promote_types(tensor.dtype, self.dtype))
             whole = restore(self.space, io.State(self.packed.kind, self.space.names, wide, self.packed.options))
             found = _LATEST[self] = whole if self.scale == 1 else whole._scaled(self.scale)
         return found
-
-    def _wide(self, name: str, tensor: Tensor) -> Tensor:
-        if name.endswith("_basis"):
-            return nearest_orthonormal(tensor.to(self.dtype))
-        finer = torch.promote_types(tensor.dtype, self.dtype)  # eigenvalues may be in float64
-        return tensor.to(finer) if tensor.is_floating_point() else tensor
 
     def _packed(self, dtype: torch.dtype) -> io.State | None:
         return None

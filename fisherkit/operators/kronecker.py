@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.errors import SingularMatrixError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.factorization import Bases, Factorization, Part, RowProducts, RowSolution
 from fisherkit.operators.layer_layout import LayerLayout, marginals
@@ -141,11 +140,16 @@ class KroneckerOperator(FisherOperator):
         return self.activation.double().norm() * self.gradient.double().norm()
 
     def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-        a, on_inputs = nearest_semidefinite(self.activation.to(device), "KroneckerOperator(activation)")
-        g, on_outputs = nearest_semidefinite(self.gradient.to(device), "KroneckerOperator(gradient)")
+        found, spectra = [], list[Callable[[], Spectrum] | None]([None, None])
+        for side, (factor, name) in enumerate(zip(self.factors, ("activation", "gradient"), strict=True)):
+            matrix = factor.to(device, torch.float64)
+            if int(torch.linalg.cholesky_ex(matrix)[1]):  # else it is positive definite as it is
+                matrix, pairs = nearest_semidefinite(factor.to(device), f"KroneckerOperator({name})")
+                spectra[side] = partial(Spectrum, *pairs)
+            found.append(matrix.to(dtype))
         return KroneckerOperator(
-            self.space, a.to(dtype), g.to(dtype), self._layout.transposed, symmetric=True,
-            activation_spectrum=lambda: on_inputs, gradient_spectrum=lambda: on_outputs,
+            self.space, found[0], found[1], self._layout.transposed, symmetric=True, activation_spectrum=spectra[0],
+            gradient_spectrum=spectra[1],
         )  # fmt: skip
 
     @property
@@ -269,11 +273,6 @@ class EigenKroneckerOperator(FisherOperator):
         whole = activation.rest is None and gradient.rest is None
         leading = None if whole else (activation, gradient)
         return cls(space, activation.basis, gradient.basis, grid, transposed, decomposed=True, leading=leading)
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored as [I, O]."""
-        return self._layout.transposed
 
     @property
     def layout(self) -> LayerLayout:
@@ -485,7 +484,7 @@ class _EigenKroneckerFactorization(Factorization):
         self._eigen = eigen
         call = f"{operator._name}.factorize"
         if damping == 0.0 and eigen._null and eigen._leading is None:
-            raise SingularMatrixError(**singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0"))
+            raise singular(call, damping, f"{eigen._null:,} of its eigenvalues are 0")
 
         def reciprocal(values: Tensor) -> Tensor:
             if damping == 0.0:
@@ -557,7 +556,7 @@ class EigenProducts(RowProducts):
     def __init__(self, inverse: _EigenKroneckerFactorization) -> None:
         numbers = inverse._weights.both.numel()
         super().__init__(numbers, 2 * numbers)
-        self._inverse = inverse
+        self.solve = partial(_EigenSolution, inverse)
 
     @staticmethod
     def worthwhile(rows: FactoredRows, queries: int, others: int) -> bool:
@@ -566,12 +565,10 @@ class EigenProducts(RowProducts):
         turned = others * rows.positions * (width**2 + outputs**2)
         return turned <= queries * width * outputs * (width + outputs)
 
-    def solve(self, queries: Rows) -> RowSolution:
-        """Queries turned, written out and weighed."""
-        return _EigenSolution(self._inverse, queries)
-
 
 class _EigenSolution(RowSolution):
+    """Queries turned, written out and weighed."""
+
     def __init__(self, inverse: _EigenKroneckerFactorization, queries: Rows) -> None:
         self._inverse, self._queries, self._factored = inverse, queries, inverse._factored(queries)
         self._weighed = None if self._factored is None else inverse._weighed(self._factored)

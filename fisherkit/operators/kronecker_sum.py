@@ -18,8 +18,9 @@ itself, which is never approximated.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ from torch import Tensor
 from fisherkit.arithmetic import MatMat
 from fisherkit.errors import NotConvergedWarning
 from fisherkit.operators.base import FisherOperator
+from fisherkit.operators.damped_gram import damped_cholesky
 from fisherkit.operators.layer_layout import LayerLayout
 from fisherkit.solvers import SolveInfo, conjugate_gradient, relative_residual
 
@@ -48,7 +50,7 @@ With 1, P stretches directions that the damping rules, and conjugate gradients w
 diagonalise what lies between. Measured on sums of two and three layers' Fishers, relative dampings 1e-2 to 1e-8.
 """
 
-LEAST_FLOOR = 1e-12
+LEAST_FLOOR, LIFTS = 1e-12, 10
 ROUNDING = 1e-14
 
 
@@ -64,6 +66,12 @@ class _Terms:
     def mean_eigenvalue(self) -> Float[Tensor, ""]:
         pairs = zip(self.gradients, self.activations, strict=True)
         return torch.stack([_mean_eigenvalue(g) * _mean_eigenvalue(a) for g, a in pairs]).sum()
+
+    def sides(self, damping: float) -> Iterator[_Side]:
+        """The outputs', then the inputs', each made when it is asked for."""
+        floor = (damping / self.mean_eigenvalue).pow(FLOOR_POWER).clamp_min(LEAST_FLOOR)
+        yield _Side(self.gradients, self.activations, floor)
+        yield _Side(self.activations, self.gradients, floor)
 
 
 def layer_inverse(terms: Sequence[FisherOperator], damping: float) -> MatMat | None:
@@ -83,33 +91,47 @@ def layer_inverse(terms: Sequence[FisherOperator], damping: float) -> MatMat | N
     return product
 
 
-class _Diagonalised:
-    """P with Pᵀ(Σ_t weights_t M_t + floor · mean eigenvalue · I)P = I in which the M_t are nearly diagonal."""
+class _Side:
+    """P with PᵀSP = I, S = Σ_t c_t M_t + shift · I and c_t the ``others``' mean eigenvalues: PᵀM_tP is nearly diagonal.
 
-    def __init__(self, matrices: Sequence[Float[Tensor, "n n"]], weights: Sequence[Tensor], floor: Tensor) -> None:
-        weighted = [c * m for c, m in zip(weights, matrices, strict=True)]
-        total = torch.stack(weighted).sum(0)
-        values, vectors = torch.linalg.eigh(total)
-        whitening = vectors / (values.clamp_min(0) + floor * _mean_eigenvalue(total)).sqrt()
-        # Two whitened terms add up to (nearly) I and share eigenvectors: those of any other combination of them. For
-        # more terms one combination in which all weigh differently has to do.
-        spread = torch.linspace(0, 1, len(weighted)) ** 1.3 * 2 - 1
-        contrast = whitening.mT @ torch.stack([s * m for s, m in zip(spread, weighted, strict=True)]).sum(0) @ whitening
-        self.basis = whitening @ torch.linalg.eigh((contrast + contrast.mT) / 2)[1]
-        self.diagonals = torch.stack([(self.basis * (m @ self.basis)).sum(0) for m in matrices])
+    Of two terms what is not diagonal in it is a multiple of PᵀP, and ``contrasts`` are the eigenvalues that tell them
+    apart.
+    """
+
+    def __init__(self, matrices: Sequence[Float[Tensor, "n n"]], others: Sequence[Tensor], floor: Tensor) -> None:
+        self._matrices, self.weights = matrices, torch.stack([_mean_eigenvalue(other) for other in others])
+        weighted = self.weights[:, None, None] * torch.stack(list(matrices))
+        total = weighted.sum(0)
+        # Two terms add up to S, but for the shift, and are diagonal where another combination of them is. For more
+        # terms one combination in which all weigh differently has to do.
+        spread = torch.linspace(0, 1, len(weighted), dtype=total.dtype, device=total.device) ** 1.3 * 2 - 1
+        contrast = (spread[:, None, None] * weighted).sum(0)
+        self.shift = floor * _mean_eigenvalue(total)
+        for _ in range(LIFTS):
+            lower, failed = damped_cholesky(total.clone(), self.shift)
+            if not bool(failed):
+                break
+            self.shift = 100 * self.shift  # what rounding has left below 0 is more
+        half = torch.linalg.solve_triangular(lower, contrast, upper=False)
+        contrast = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+        self.contrasts, vectors = torch.linalg.eigh((contrast + contrast.mT) / 2)
+        self.basis = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
         self.lengths = self.basis.square().sum(0)
+
+    @cached_property
+    def diagonals(self) -> Float[Tensor, "T n"]:
+        """Those of the PᵀM_tP."""
+        return torch.stack([(self.basis * (m @ self.basis)).sum(0) for m in self._matrices])
 
 
 def _inverse_on_grid(terms: _Terms, damping: float) -> MatMat:
     """The approximate inverse as a map of grids [K, O, J]."""
-    mean = terms.mean_eigenvalue
-    floor = (damping / mean).pow(FLOOR_POWER).clamp_min(LEAST_FLOOR)
-    shift = (ROUNDING * mean).clamp_min(damping)
+    sides, shift = terms.sides(damping), (ROUNDING * terms.mean_eigenvalue).clamp_min(damping)
     outputs, width = len(terms.gradients[0]), len(terms.activations[0])
-    on_outputs = _Diagonalised(terms.gradients, [_mean_eigenvalue(a) for a in terms.activations], floor)
+    on_outputs = next(sides)
     if outputs * width**2 <= MOST_NUMBERS:
         return _by_rows(on_outputs, terms.activations, shift)
-    on_inputs = _Diagonalised(terms.activations, [_mean_eigenvalue(g) for g in terms.gradients], floor)
+    on_inputs = next(sides)
     if width * outputs**2 <= MOST_NUMBERS:
         inverse = _by_rows(on_inputs, terms.gradients, shift)
         return lambda grid: inverse(grid.mT).mT
@@ -119,7 +141,7 @@ def _inverse_on_grid(terms: _Terms, damping: float) -> MatMat:
     return lambda grid: p @ ((p.mT @ grid @ q) / scales) @ q.mT
 
 
-def _by_rows(side: _Diagonalised, matrices: Sequence[Float[Tensor, "m m"]], shift: Tensor) -> MatMat:
+def _by_rows(side: _Side, matrices: Sequence[Float[Tensor, "m m"]], shift: Tensor) -> MatMat:
     """(P ⊗ I) blockdiag(Σ_t d_t[p] M_t + shift·e[p]·I)⁻¹ (P ⊗ I)ᵀ on grids [K, n, m]."""
     blocks = torch.einsum("tp,tij->pij", side.diagonals, torch.stack(list(matrices)))
     blocks.diagonal(dim1=1, dim2=2).add_((shift * side.lengths).unsqueeze(-1))
@@ -188,11 +210,7 @@ def solve_two_products(
     outputs, width = len(found.gradients[0]), len(found.activations[0])
     if min(outputs * width**2, width * outputs**2) <= MOST_NUMBERS:
         return None  # where the small matrices of `layer_inverse` are exact on one side and save steps
-    floor = max((damping / float(found.mean_eigenvalue)) ** FLOOR_POWER, LEAST_FLOOR)
-    on_outputs = _side(found.gradients, found.activations, floor)
-    on_inputs = _side(found.activations, found.gradients, floor)
-    if on_outputs is None or on_inputs is None:
-        return None
+    on_outputs, on_inputs = found.sides(damping)
     layout = found.layout
     system = _System(on_outputs, on_inputs, damping)
     b = right.unsqueeze(1)
@@ -220,43 +238,21 @@ def solve_two_products(
     return solution.squeeze(1), SolveInfo("conjugate_gradient", steps, residual, converged, damping)
 
 
-@dataclass(frozen=True)
-class _Side:
-    """P, and PᵀM_tP = diag(diagonals[t]) − multiples[t] · K with K = PᵀP."""
-
-    basis: Float[Tensor, "n n"]
-    gram: Float[Tensor, "n n"]
-    diagonals: Float[Tensor, "2 n"]
-    multiples: Float[Tensor, "2"]
-
-
-def _side(matrices: Sequence[Tensor], others: Sequence[Tensor], floor: float) -> _Side | None:
-    """The basis in which both matrices are nearly diagonal; None where rounding has left a matrix indefinite."""
-    weights = [float(_mean_eigenvalue(other)) for other in others]
-    first, second = (weight * matrix for weight, matrix in zip(weights, matrices, strict=True))
-    shift = floor * float(_mean_eigenvalue(first + second))
-    lifted = first + second
-    lifted.diagonal().add_(shift)
-    lower, failed = torch.linalg.cholesky_ex((lifted + lifted.mT) / 2)
-    if bool(failed):
-        return None
-    contrast = torch.linalg.solve_triangular(lower, second - first, upper=False)
-    contrast = torch.linalg.solve_triangular(lower, contrast.mT, upper=False)
-    values, vectors = torch.linalg.eigh((contrast + contrast.mT) / 2)
-    basis = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
-    halves = 2 * torch.tensor(weights, dtype=basis.dtype, device=basis.device)
-    return _Side(basis, basis.mT @ basis, torch.stack([1 - values, 1 + values]) / halves.unsqueeze(1), shift / halves)
-
-
 class _System:
-    """The sum in the bases of both sides, and the inverse of its diagonal, on columns [O · J, 1]."""
+    """The sum of two terms in the bases of both sides, and the inverse of its diagonal, on columns [O · J, 1].
+
+    On each side PᵀM_tP = diag(d_t) − m_t · K with K = PᵀP.
+    """
 
     def __init__(self, outputs: _Side, inputs: _Side, damping: float) -> None:
-        self._k, self._l = outputs.gram, inputs.gram
-        self._weights = torch.einsum("to,tj->oj", outputs.diagonals, inputs.diagonals)
-        self._d = (inputs.multiples @ outputs.diagonals).unsqueeze(1)
-        self._e = outputs.multiples @ inputs.diagonals
-        self._s = float(outputs.multiples @ inputs.multiples) + damping
+        self._k, self._l = (side.basis.mT @ side.basis for side in (outputs, inputs))
+        (on_o, by_o), (on_i, by_i) = (
+            (torch.stack([1 - side.contrasts, 1 + side.contrasts]) / twice.unsqueeze(1), side.shift / twice)
+            for side, twice in ((side, 2 * side.weights) for side in (outputs, inputs))
+        )
+        self._weights = torch.einsum("to,tj->oj", on_o, on_i)
+        self._d, self._e = (by_i @ on_o).unsqueeze(1), by_o @ on_i
+        self._s = float(by_o @ by_i) + damping
         k, l_ = self._k.diagonal().unsqueeze(1), self._l.diagonal()
         self._scales = self._weights - self._d * l_ + k * (self._s * l_ - self._e)
 

@@ -17,12 +17,8 @@ from fisherkit.space import ParameterSpace
 class LayerLayout:
     """The grid of one layer: row o holds what feeds output o, the bias in the last column.
 
-    Args:
-        outputs: O.
-        inputs: I, without the bias's column. A convolution's is in-channels per group times the kernel's size.
-        bias: whether there is a bias [O], after the weight in the flat order.
-        transposed: whether the weight is stored as [I, O] and not as [O, I].
-        leading: whether the bias comes before the weight instead, as of a module that registers it first.
+    A convolution's inputs are in-channels per group times the kernel's size. ``transposed``: the weight is stored as
+    [I, O]. ``leading``: the bias comes before the weight, as of a module that registers it first.
     """
 
     outputs: int

@@ -272,16 +272,14 @@ def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: 
     infinite = 0 if damping >= torch.finfo(dtype).tiny else int(result.to(dtype).isinf().sum())
     if infinite:
         why = f"{infinite:,} of its {result.numel():,} eigenvalues are 0, or too small for {dtype}"
-        raise SingularMatrixError(**singular(call, damping, why))
+        raise singular(call, damping, why)
     return result
 
 
-def singular(call: str, damping: float, why: str) -> dict[str, str]:
-    """The arguments of a `SingularMatrixError`, in the words that all structures share."""
-    return {
-        "call": f"{call}(damping={damping})",
-        "got": "a singular matrix",
-        "expected": "a positive definite one",
-        "why": f"{why}, so F + damping·I has no inverse and its log det is -inf",
-        "try_": "damping > 0, or fk.RelativeDamping(1e-6)",
-    }
+def singular(call: str, damping: float, why: str) -> SingularMatrixError:
+    """The error of F + damping·I, in the words that all structures share."""
+    return SingularMatrixError(
+        call=f"{call}(damping={damping})", got="a singular matrix", expected="a positive definite one",
+        why=f"{why}, so F + damping·I has no inverse and its log det is -inf",
+        try_="damping > 0, or fk.RelativeDamping(1e-6)",
+    )  # fmt: skip

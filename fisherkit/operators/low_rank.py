@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.arithmetic import MatMat
-from fisherkit.errors import MemoryBudgetError, SingularMatrixError
+from fisherkit.errors import MemoryBudgetError
 from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.damped_gram import PRECISE, DampedGram, damped_cholesky, damped_grams, rounding_of
@@ -40,6 +40,7 @@ from fisherkit.rows.streamed import StreamedRows, thinned
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
+"""A memory budget that nothing exceeds."""
 
 CORRECTED = 1e-4
 """Rounding in a solution from which on it is corrected."""
@@ -128,16 +129,14 @@ class LowRankOperator(FisherOperator):
     def _factorize(self, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
         if damping == 0.0 and self._rows.count < self.size:
             why = f"R = {self._rows.count:,} rows < D = {self.size:,} parameters"
-            raise SingularMatrixError(**singular("LowRankOperator.factorize", damping, why))
+            raise singular("LowRankOperator.factorize", damping, why)
         side = self._small_side()
         if side == "gram" and damping > 0 and isinstance(self.row_source, (Rows, SharedRows)):
             return _GramFactorization(self, self.row_source, damping)
         if side != "none":
-            return self._as_dense()._factorize(damping, tolerance, max_steps)
+            dense = (self.scale * self.row_source.normal_matrix()).to(self.dtype)
+            return DenseOperator(self.space, dense)._factorize(damping, tolerance, max_steps)
         return IterativeFactorization(self, damping, tolerance, max_steps)
-
-    def _as_dense(self) -> DenseOperator:
-        return DenseOperator(self.space, (self.scale * self.row_source.normal_matrix()).to(self.dtype))
 
     def _eigenvalues(self, k: int) -> Float[Tensor, "k"]:
         small, _ = self._small_matrix("eigenvalues", "fk.estimators.lanczos_eigenvalues(fisher, k)")
@@ -221,7 +220,11 @@ class LowRankOperator(FisherOperator):
         """
         rows = self.row_source
         if isinstance(rows, (Rows, StreamedRows)):
-            stride = sample_stride(rows.count, self.size, _row_bytes(rows), self.memory_budget)
+            if isinstance(rows, Rows):
+                row_bytes = rows.nbytes / rows.count
+            else:
+                row_bytes = rows.problem.row_bytes(rows.space.names) / rows.problem.vectors_per_example
+            stride = sample_stride(rows.count, self.size, row_bytes, self.memory_budget)
             if stride is not None:
                 sample = thinned(rows, stride)
                 return SampledInverse(sample, self.scale * rows.count / sample.count, damping)
@@ -390,7 +393,8 @@ class GramProducts(RowProducts):
     def squares(self, rows: Rows) -> Float[Tensor, "R"]:
         """rᵀ(F + λI)⁻¹r of each row, float64."""
         rows = self._alike(rows)
-        norms = rows.weighted_squares(self._ones(rows)).double()
+        ones = torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
+        norms = rows.weighted_squares(ones).double()
         parts = []
         for span in spans(rows.count, 4 * self.rows.count):
             k = self.rows.cross_gram(rows.some(span), self.precise)
@@ -411,9 +415,6 @@ class GramProducts(RowProducts):
     def _alike(self, rows: Rows) -> Rows:
         """In J's dtype, which is a wider one than the model's for half precision."""
         return rows.double() if self.rows.dtype == torch.float64 and rows.dtype != torch.float64 else rows
-
-    def _ones(self, rows: Rows) -> Tensor:
-        return torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
 
 
 class _GramSolution(RowSolution):
@@ -469,9 +470,3 @@ def sample_stride(count: int, size: int, row_bytes: float, budget: int) -> int |
     fits = int(((row_bytes**2 + 128 * budget) ** 0.5 - row_bytes) / 64)
     wanted = min(MOST, count // SHARE, size // 2, fits)
     return None if wanted < FEWEST else -(-count // wanted)
-
-
-def _row_bytes(rows: Rows | StreamedRows) -> float:
-    if isinstance(rows, Rows):
-        return rows.nbytes / rows.count
-    return rows.problem.row_bytes(rows.space.names) / rows.problem.vectors_per_example

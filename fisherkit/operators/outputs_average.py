@@ -18,7 +18,6 @@ from fisherkit.operators.composite import SumOperator, add, join
 from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.kronecker import KroneckerOperator
 from fisherkit.operators.layer_layout import LayerLayout
-from fisherkit.space import ParameterSpace
 
 
 def average_over_outputs(operator: FisherOperator) -> FisherOperator:
@@ -69,7 +68,8 @@ def _by_module(operator: FisherOperator) -> FisherOperator:
     order = torch.arange(space.size, device=operator.device)
     for names in space.blocks.values():
         own = space.restrict(names)
-        whole = len(names) == 1 or _is_layer(own)
+        first, *others = own.shapes
+        whole = not others or (bool(first) and others == [first[:1]])  # one parameter, or a weight and its bias
         for part in [own] if whole else [space.restrict([name]) for name in names]:
             places = space.take(order, part.names)
             if not part.shapes[0]:
@@ -80,8 +80,3 @@ def _by_module(operator: FisherOperator) -> FisherOperator:
             identity = torch.eye(layout.outputs, dtype=moment.dtype, device=moment.device)
             parts.append(KroneckerOperator(part, (moment + moment.mT) / 2, identity, symmetric=True))
     return join(space, parts)
-
-
-def _is_layer(space: ParameterSpace) -> bool:
-    first, *others = space.shapes
-    return len(others) == 1 and bool(first) and others[0] == (first[0],)

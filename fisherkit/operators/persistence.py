@@ -88,10 +88,11 @@ def _renamed(state: io.State, names: Mapping[str, str]) -> io.State:
 
 
 def _registry() -> dict[str, type[FisherOperator]]:
-    return {tag: cls for cls in _subclasses(FisherOperator) for tag in (cls.tag, *cls.other_tags) if tag}
+    return {tag: cls for cls in subclasses(FisherOperator) for tag in (cls.tag, *cls.other_tags) if tag}
 
 
-def _subclasses(cls: Any) -> Iterator[type[FisherOperator]]:
+def subclasses(cls: Any) -> Iterator[Any]:
+    """All that are imported, at any depth."""
     for subclass in cls.__subclasses__():
         yield subclass
-        yield from _subclasses(subclass)
+        yield from subclasses(subclass)

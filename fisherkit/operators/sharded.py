@@ -55,7 +55,8 @@ class ShardedOperator(FisherOperator):
         self.own, self.processes = own, processes
         names = () if own is None else own.space.names
         facts = None if own is None else (own.is_diagonal, own.inversion, own.decomposed_side)
-        self._everyones = processes.gathered((names, facts))
+        everyones = processes.gathered((names, facts))
+        self._names, self._facts = [own for own, _ in everyones], [told for _, told in everyones if told is not None]
 
     @classmethod
     def of(
@@ -239,15 +240,6 @@ class ShardedOperator(FisherOperator):
         self.processes.each(call, finish)
 
     # -- what is known of it -------------------------------------------------------------------------------------------
-
-    @property
-    def _names(self) -> list[Names]:
-        """Every process's parameters."""
-        return [names for names, _ in self._everyones]
-
-    @property
-    def _facts(self) -> list[tuple[bool, str, int]]:
-        return [facts for _, facts in self._everyones if facts is not None]
 
     @property
     def is_diagonal(self) -> bool:

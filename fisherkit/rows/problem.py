@@ -55,9 +55,9 @@ LONG = 600.0
 """Seconds from which on a run is worth a warning before it."""
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
 """Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
-GRAPH = 1 << 23
-"""Entries of the layer outputs of a pass on a processor: memory that is given back and taken anew costs more time than
-larger matrix products save."""
+GRAPH = 1 << 24
+"""Entries of the layer outputs of a pass on a processor that leaves sums alone: fewer passes are a little faster, and
+hold more memory. Kept rows take more than a pass, and putting a batch's pieces together takes time."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -532,7 +532,8 @@ class Problem:
 
     def _piece(self, size: int) -> int:
         """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""
-        room = self._room(_graph(self.plan.example_parameter.device))
+        on_processor = self.plan.example_parameter.device.type == "cpu"
+        room = self._room((GRAPH if self.summed else TILE) if on_processor else 4 * TILE)  # others want large products
         step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
         step = step if self.most_examples is None else min(step, self.most_examples)
         step = min(step, MOST) if self.plan.looped else step
@@ -707,8 +708,3 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _graph(device: torch.device) -> int:
-    """Entries of the layer outputs that one forward pass may hold; an accelerator wants larger matmuls."""
-    return GRAPH if device.type == "cpu" else 4 * TILE

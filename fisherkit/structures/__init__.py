@@ -20,22 +20,6 @@ from fisherkit.structures.kronecker import EKFAC, KFAC
 from fisherkit.structures.nkp import NKP
 
 __all__ = [
-    "EKFAC",
-    "KFAC",
-    "NKP",
-    "Block",
-    "Diagonal",
-    "Full",
-    "LayerStructure",
-    "LayerSums",
-    "Names",
-    "Part",
-    "Parts",
-    "RowStructure",
-    "Structure",
-    "Sums",
-    "UnitSums",
-    "record_class",
-    "structure_named",
-    "structures",
-]
+    "EKFAC", "KFAC", "NKP", "Block", "Diagonal", "Full", "LayerStructure", "LayerSums", "Names", "Part", "Parts",
+    "RowStructure", "Structure", "Sums", "UnitSums", "record_class", "structure_named", "structures",
+]  # fmt: skip

@@ -7,7 +7,7 @@ which averages the sums of its steps. It knows neither kinds nor N; whoever coun
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -18,6 +18,8 @@ from fisherkit.errors import InvalidArgumentError, ProcessError, listed
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.operators.forwarding import packed
 from fisherkit.operators.linalg import checked_together
+from fisherkit.operators.low_rank import UNBOUNDED
+from fisherkit.operators.persistence import subclasses
 from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
@@ -25,9 +27,6 @@ from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
-
-UNBOUNDED = 1 << 62
-"""A memory budget that nothing exceeds."""
 
 Names = tuple[str, ...]
 
@@ -464,10 +463,4 @@ def structure_named(name: object, call: str, argument: str = "structure") -> typ
 
 def record_class(label: str) -> type[UnitSums]:
     """The class of records with a label; a LookupError where there is none."""
-    return {cls.label: cls for cls in _subclasses(UnitSums) if "label" in vars(cls)}[label]
-
-
-def _subclasses(cls: Any) -> Iterator[Any]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
+    return {cls.label: cls for cls in subclasses(UnitSums) if "label" in vars(cls)}[label]

@@ -59,14 +59,9 @@ class NearestProduct(KroneckerFactors):
 
 @dataclass(frozen=True)
 class HalfStep(UnitSums):
-    """One factor's sum with the other one fixed.
+    """One factor's sum with the other one ``fixed``, of norm 1: G in even passes, A in odd ones.
 
-    Args:
-        layout: of the layer.
-        fixed: a factor of norm 1; G in even passes, A in odd ones.
-        total: the other one's sum.
-        before: what it was two passes ago, of norm 1; None in the first two.
-        passes: how many there were before this one.
+    ``before`` is what the sum was two passes ago, of norm 1; ``passes`` how many there were before this one.
     """
 
     label = "nkp"
