@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
+from fisherkit import io
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, listed, warn
 from fisherkit.memory import LiveBytes, available_memory, readable
-from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator
+from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator, state_of
 from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
@@ -26,10 +28,10 @@ from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.later import FEWEST, LaterRows, products_before_rows
-from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally, now
+from fisherkit.rows.generic import now
+from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally
 from fisherkit.rows.shared import SharedRows
-from fisherkit.rows.streamed import StreamedRows, matrix_free
+from fisherkit.rows.streamed import FEWEST, LaterRows, StreamedRows, matrix_free, products_before_rows
 from fisherkit.rows.verified import fingerprint, remember
 from fisherkit.space import ParameterSpace
 from fisherkit.structures import Names, Part, Parts, Structure, Sums
@@ -55,6 +57,16 @@ class Built:
     tally: Tally | StreamedRows
     coverage: Coverage
     dropped_share: float | None
+
+    def described(self) -> dict[str, str]:
+        """What it adds to what is recorded, but for the numbers of examples and rows."""
+        share = {} if self.dropped_share is None else {"dropped_share": repr(self.dropped_share)}
+        return {"coverage": self.coverage.to_json(), **share}
+
+    def counted(self) -> dict[str, str]:
+        """All that it adds."""
+        tally = self.tally.some()
+        return {"examples": str(tally.examples), "rows": str(tally.rows), **self.described()}
 
 
 @dataclass(frozen=True)
@@ -102,19 +114,6 @@ class BuildPlan:
         return "\n".join([*lines, *shown, *more, *told])
 
 
-class PartsKeeper(Protocol):
-    """Where finished parts go, if not into one operator in memory."""
-
-    def begin(self, parts: Sequence[Names], plan: str) -> Sequence[Names]:
-        """The parts that are taken, which may be those of an earlier run; ``plan`` says how rows are made."""
-
-    def finished(self, number: int) -> bool:
-        """Whether a part need not be made."""
-
-    def keep(self, number: int, blocks: Sequence[FisherOperator], built: Built) -> None:
-        """Take a part's blocks; ``built`` has what belongs to it but the operator."""
-
-
 class Builder:
     """Builds structures of one problem; a ``memory_budget`` of None is half of what is available.
 
@@ -126,9 +125,9 @@ class Builder:
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
         weights: Callable[[], str], max_rows: int | None = None, storage: str = "auto",
         kept: torch.dtype | None = None, shard: bool = False,
-        told: Callable[[Built], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.normalization, self.storage, self.weights, self.told = normalization, storage, weights, told
+        self.normalization, self.storage, self.weights = normalization, storage, weights
+        self.told: Callable[[Built], object] = id
         device = problem.plan.example_parameter.device
         self.processes = problem.processes
         self.shards = 1 if self.processes is None or not shard else self.processes.size
@@ -144,10 +143,6 @@ class Builder:
         self.needed = 0
         self.foretold = False
 
-    def set_budget(self, budget: int) -> None:
-        """Have another one, as of the run that is gone on with."""
-        self.budget = self.settings["memory_budget"] = budget
-
     def build(self, structure: type[Structure]) -> Built:
         """The operator of a structure."""
         return self._planned(lambda: self._built(structure))
@@ -156,7 +151,7 @@ class Builder:
         """What `build` will take, or `build_into` if parts go to a file; costs three batches of one of the parts."""
         return self._planned(lambda: self._foreseen(structure, to_file))
 
-    def build_into(self, structure: type[Structure], keeper: PartsKeeper) -> Built | None:
+    def build_into(self, structure: type[Structure], keeper: PartsFile) -> Built | None:
         """Hand every part over when it is finished, so that no two are in memory; what fits at once is returned."""
         return self._planned(lambda: self._kept(structure, keeper))
 
@@ -238,7 +233,7 @@ class Builder:
         parts = [ShardedOperator.of(rest, own, self.processes, dtype=dtype, device=device)] if rest.names else []
         return join(space, [*parts, *common.values()])
 
-    def _kept(self, kind: type[Structure], keeper: PartsKeeper) -> Built | None:
+    def _kept(self, kind: type[Structure], keeper: PartsFile) -> Built | None:
         structure = self._chosen(kind)
         rules = [(unit.names, self.problem.plan.rule_name(unit), unit.reason) for unit in self.problem.plan.units]
         groups = keeper.begin(self._groups(structure), f"{self.problem.by_owner} {rules}")
@@ -255,12 +250,9 @@ class Builder:
                 del operator, parts
         if not made:
             # Which compares the data with those of the parts.
-            self._read() if self.processes is None else self.processes.each("reading the data", self._read)
+            read: Callable[[], object] = functools.partial(deque, self.problem.source, 0)
+            read() if self.processes is None else self.processes.each("reading the data", read)
         return None
-
-    def _read(self) -> None:
-        for _ in self.problem.source:
-            pass
 
     def _foreseen(self, kind: type[Structure], to_file: bool) -> BuildPlan:
         structure = self._chosen(kind)
@@ -400,14 +392,16 @@ class Builder:
         keep = readings < structure.passes
         chunks = self._counted(self.problem.chunks(description, compared=readings * parts > 1), readings * parts)
         sums: Sums = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
-        while (going := _next_pass(structure, sums)) is not None:
+        while True:
+            with (
+                checked_together()
+            ):  # of matrices that are decomposed for it, what is wrong with one is seen in the end
+                going = structure.next_pass(sums)
+            if going is None:
+                return sums
             del sums  # of which the next pass has what it needs
-            sums = self._added(going, kept if keep else self.problem.chunks(description))
-        return sums
-
-    def _added(self, sums: Sums, chunks: Iterable[Chunk]) -> Sums:
-        """With another pass's, of examples that have been counted."""
-        return self._met(lambda: sums.added(chunks), counted=True)
+            again = kept if keep else self.problem.chunks(description)
+            sums = self._met(functools.partial(going.added, again), counted=True)
 
     def _met(self, add: Callable[[], Sums], counted: bool = False) -> Sums:
         """What a pass adds up; of several processes, what all of them add up, and the examples of all."""
@@ -463,8 +457,7 @@ class Builder:
         scale: float | Callable[[], float]
         need = f"rows would take {readable(self.needed)}"
         if later is not None:
-            streamed = StreamedRows(problem)
-            rows = LaterRows(streamed, functools.partial(self._made_later, type(structure), streamed), later)
+            rows = streamed = LaterRows(problem, functools.partial(self._made_later, type(structure)), later)
             for _ in source:  # so that data that change until they are used are refused
                 pass
             tally, scale = streamed, lambda: self._scale(streamed.some())
@@ -583,12 +576,6 @@ class Builder:
         return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.nbytes, reason)
 
 
-def _next_pass(structure: Structure, sums: Sums) -> Sums | None:
-    """Of matrices that are decomposed for it, what is wrong with one is seen in the end."""
-    with checked_together():
-        return structure.next_pass(sums)
-
-
 def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:
     """The chunks, their factored rows kept for other passes."""
     for chunk in chunks:
@@ -597,3 +584,35 @@ def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:
             kept.append(replace(chunk, rows=Rows(chunk.rows.space, slots)))
         yield chunk
         del chunk, slots
+
+
+class PartsFile:
+    """Finished parts go to a file, which of several processes the first one makes."""
+
+    def __init__(self, builder: Builder, make: Callable[[Callable[[], list[Any]]], io.PartsFile]) -> None:
+        self.builder, self._data = builder, list[Any]()
+        processes = builder.processes
+
+        def begun() -> io.PartsFile | None:
+            return make(lambda: self._data) if processes is None or processes.rank == 0 else None
+
+        self._file: Any = begun() if processes is None else processes.each("build_file", begun)
+
+    def first(self, work: Callable[[io.PartsFile], T]) -> T:
+        """What the first process does with the file, and what comes of it, in all of them."""
+        processes = self.builder.processes
+        return work(self._file) if processes is None else processes.by_first("build_file", lambda: work(self._file))
+
+    def begin(self, parts: Sequence[Names], plan: str) -> Sequence[Names]:
+        """As the file knows them."""
+        return self.first(lambda file: file.begin(parts, plan, self.builder.budget))
+
+    def finished(self, number: int) -> bool:
+        """Whether it is in the file."""
+        return self.first(lambda file: file.finished(number))
+
+    def keep(self, number: int, blocks: Sequence[FisherOperator], built: Built) -> None:
+        """Write it, with what tells the data, every process's, from others."""
+        processes, digests = self.builder.processes, self.builder.problem.source.digests
+        self._data = digests if processes is None else processes.gathered(digests)
+        self.first(lambda file: file.put(number, [state_of(block) for block in blocks], built.counted()))

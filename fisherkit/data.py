@@ -79,15 +79,10 @@ SHARED = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Arguments for the model and the targets, examples along axis 0.
+    """Arguments for the model and the targets, ``size`` examples along axis 0; targets None for unlabelled data.
 
-    Args:
-        args: positional arguments.
-        kwargs: keyword arguments.
-        targets: labels or values; None for unlabelled data.
-        size: B.
-        axes: which of the inputs' tensors have the batch axis, by their place; the first batch decides for all.
-        place: its own among all batches, for errors.
+    ``axes`` says which of the inputs' tensors have the batch axis, by their place; the first batch decides for all.
+    ``place`` is its own among all batches, for errors.
     """
 
     args: tuple[Any, ...]
@@ -250,11 +245,7 @@ class Batch:
         return self.fresh().handed(model)
 
     def fresh(self) -> Batch:
-        """With copies of the inputs.
-
-        Layers that work in place must not reach the caller's tensors, and rows, which keep layers' inputs, must not
-        change when the caller refills them.
-        """
+        """With copies of the inputs: layers work in place, rows keep layers' inputs, and callers refill them."""
         args, kwargs = _map_tensors(self.args, Tensor.clone), _map_tensors(self.kwargs, Tensor.clone)
         return Batch(args, kwargs, self.targets, self.size, self.axes, self.place)
 
@@ -338,14 +329,8 @@ def _checked_targets(targets: Any, call: str) -> Tensor | None:
 class Source:
     """Data that can be read again and again in the same order without touching the global random generators.
 
-    The first pass records a hash of each batch (`Batch.digest`), and later ones are compared with it.
-
-    Args:
-        data: one batch or a re-iterable of batches.
-        model: the model that the data are for; None if none is called.
-
-    Attributes:
-        listed: whether reading them runs nobody's code.
+    One batch, or what can be iterated again and again, for a model if one is called; ``listed`` if reading them runs
+    nobody's code. The first pass records a hash of each batch (`Batch.digest`), and later ones are compared with it.
 
     Cost: a hash reads every number of a batch twice, where it lies, and makes a few sums of it.
     """
@@ -384,11 +369,9 @@ class Source:
         return self._compared(self.once())
 
     def once(self, state: RngState | None = None, *, settled: bool = True) -> Iterator[Batch]:
-        """A pass that is compared with no other.
+        """A pass that is compared with no other; its generators start in a state, or where the source found them.
 
-        Args:
-            state: where the generators start; None for where they were when the source was made.
-            settled: whether `first` tells of all batches which inputs all examples share; else each for itself.
+        ``settled`` if `first` tells of all batches which inputs all examples share; else each for itself.
         """
         for number, raw in enumerate(self.batches if self.listed else self._drawn(state)):
             yield self._batch(raw, number, self._axes if settled else None)
@@ -658,18 +641,13 @@ def _generators_of(loader: DataLoader[Any]) -> list[torch.Generator]:
     return list(found.values())
 
 
-def _sampler(loader: DataLoader[Any]) -> object:
-    found: object = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    while type(found) is BatchSampler:
-        found = found.sampler
-    return found
-
-
 def _disorder(data: object) -> str:
     """What is wrong with the order of a loader; nothing if it is fixed, or if the data are no loader of a data set."""
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         return ""
-    sampler = _sampler(data)
+    sampler: object = data.sampler if data.batch_sampler is None else data.batch_sampler
+    while type(sampler) is BatchSampler:
+        sampler = sampler.sampler
     drawn = isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
     if isinstance(sampler, DistributedSampler):
         drawn, fixed = sampler.shuffle, not sampler.shuffle and sampler.num_replicas == 1

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
 from fisherkit.arguments import check_choice, check_positive
-from fisherkit.arithmetic import at_least_single, without_autocast
-from fisherkit.build import Builder, BuildPlan, Built
+from fisherkit.arithmetic import without_autocast
+from fisherkit.build import Builder, BuildPlan, Built, PartsFile
 from fisherkit.coverage import Coverage
 from fisherkit.data import Data, Source, model_device
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import weight_hashes
-from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ForwardingOperator, open_file, state_of
+from fisherkit.operators import BlockDiagonalOperator, ForwardingOperator, open_file
 from fisherkit.operators.files import FisherFile
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, Processes
-from fisherkit.rows.first_batch import joint_plan, plan_of
 from fisherkit.rows.problem import Problem
+from fisherkit.rows.verified import joint_plan, plan_of
 from fisherkit.space import ParameterSpace, Selection
-from fisherkit.structures import Names, Structure, structure_named
+from fisherkit.structures import Structure, structure_named
 from fisherkit.vectors import rule_of
 from fisherkit.wrappers import unwrapped, with_full_weights, wrapped_in
 
@@ -145,18 +145,15 @@ class FisherApproximation(ForwardingOperator):
         group: Group = None,
         shard: bool = False,
     ) -> None:
-        asked = _Asked.of(
-            type(self).__name__, model, data, kind, likelihood=likelihood, structure=structure, params=params,
-            example=example, normalization=normalization, generator=generator, chunk_size=chunk_size,
-            memory_budget=memory_budget, storage=storage, progress=progress, shift_labels=shift_labels,
-            kfac_positions=kfac_positions, max_rows=max_rows, dtype=dtype, group=group, shard=shard,
-        )  # fmt: skip
-        super().__init__(asked.space, dtype=asked.dtype, device=asked.device)
+        arguments = dict(locals())
+        asked = _Asked.of(type(self).__name__, arguments)
         asked.builder.told = self._built_later
         built = asked.builder.build(asked.structure)
         self.held, self._tally = built.operator, built.tally
-        self.likelihood, self.structure, self.dropped_share = asked.likelihood, structure, built.dropped_share
-        self._metadata = asked.recorded | _described(built)
+        super().__init__(self.held.space, dtype=self.held.dtype, device=self.held.device)
+        self.likelihood, self.structure = asked.builder.problem.likelihood, structure
+        self.dropped_share = built.dropped_share
+        self._metadata = asked.recorded | built.described()
         self._hashes: Callable[[], tuple[str, str]] | None = asked.hashes
 
     def _built_later(self, built: Built) -> None:
@@ -206,137 +203,100 @@ class FisherApproximation(ForwardingOperator):
         return {**self.__dict__, "_tally": self._tally.some()}
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """A Fisher that has been asked for, its arguments checked and nothing computed but the model's probe.
 
-    Args:
-        builder: that can build it.
-        structure: that was chosen.
-        likelihood: of the loss.
-        space: the parameters.
-        dtype: of the operator.
-        device: of the operator.
-        recorded: what is known of it before it is built, but for hashes.
-        hashes: gives those of the weights, at build and not at save: by then the model may have moved on.
+    ``recorded`` is what is known before it is built, but for ``hashes`` of the weights, which are those at the build
+    and not at save: by then the model may have moved on.
     """
 
     builder: Builder
     structure: type[Structure]
-    likelihood: Likelihood
-    space: ParameterSpace
-    dtype: torch.dtype
-    device: torch.device
     recorded: dict[str, str]
     hashes: Callable[[], tuple[str, str]]
 
     @classmethod
-    def of(
-        cls, call: str, model: nn.Module, data: Data, kind: str | OutputRule | None, *,
-        likelihood: str | Likelihood | nn.Module, structure: str, params: Selection, example: str, normalization: str,
-        generator: torch.Generator | None, chunk_size: int | None, memory_budget: float | None, storage: str,
-        progress: bool, shift_labels: bool | None, kfac_positions: str, max_rows: int | None,
-        dtype: torch.dtype | None, group: Group, shard: bool,
-    ) -> _Asked:  # fmt: skip
-        """Check all arguments, and find out how the model's rows are made."""
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError(call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
-        chosen = structure_named(structure, call)
-        check_choice(call, "example", example, ("sequence", "token"))
-        check_choice(call, "normalization", normalization, ("mean", "sum"))
-        check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
-        check_choice(call, "shift_labels", shift_labels, (None, True, False))
-        budget: Any = memory_budget
+    def of(cls, call: str, arguments: Mapping[str, Any]) -> _Asked:
+        """Check all arguments of `FisherApproximation`, by name, and find out how the model's rows are made."""
+        o = SimpleNamespace(**arguments)
+        if not isinstance(o.model, nn.Module):
+            raise InvalidTypeError(call=call, got=f"a {type(o.model).__name__} as model", expected="a torch.nn.Module")
+        chosen = structure_named(o.structure, call)
+        for name, allowed in _CHOICES.items():
+            check_choice(call, name, arguments[name], allowed)
+        budget = o.memory_budget
         if isinstance(budget, float) and budget.is_integer():
             budget = int(budget)  # as 2e9 is
-        for name, value in (("chunk_size", chunk_size), ("memory_budget", budget), ("max_rows", max_rows)):
+        for name, value in (("chunk_size", o.chunk_size), ("memory_budget", budget), ("max_rows", o.max_rows)):
             check_positive(call, name, value)
-        check_choice(call, "storage", storage, ("auto", "rows", "stream"))
-        _only_full(call, structure, max_rows, storage)
-        check_choice(call, "shard", shard, (True, False))
-        if shard and chosen.keeps_rows and not chosen.in_parts:
-            raise InvalidArgumentError(
-                call=call, got=f"shard=True with structure={structure!r}", expected="a structure of blocks",
-                why="its rows are one block, and stay in the processes that made them anyway", try_="shard=False",
-            )  # fmt: skip
-        check_choice(call, "dtype", dtype, (None, torch.bfloat16, torch.float32))
-        if dtype is not None and not chosen.packs:
-            raise InvalidArgumentError(
-                call=call, got=f"dtype={dtype} with structure={structure!r}", expected="dtype=None",
-                why="rounded, a matrix of rows or of a whole block would not be a Fisher matrix of its own",
-                try_='structure="kfac", "ekfac", "nkp" or "diagonal"',
-            )  # fmt: skip
-        if generator is not None and not isinstance(generator, torch.Generator):
+        _refuse_unfit(call, o, chosen)
+        if o.generator is not None and not isinstance(o.generator, torch.Generator):
             raise InvalidTypeError(
-                call=call, got=f"a {type(generator).__name__} as generator", expected="a torch.Generator or None"
+                call=call, got=f"a {type(o.generator).__name__} as generator", expected="a torch.Generator or None"
             )
-        if kind is None:
+        if o.kind is None:
             raise InvalidTypeError(
                 call=call, got="no kind", expected='one such as "exact", or an fk.OutputRule',
                 why="a Fisher does not say its vectors itself: its kind does",
                 try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
             )  # fmt: skip
-        rule = rule_of(kind, call=call)
-        if generator is not None and rule.random:
-            rule = rule.with_seed(int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)))
-        model, params = within_wrappers(model, params)
-        resolved = likelihoods.resolve(likelihood, model)
+        rule = rule_of(o.kind, call=call)
+        if o.generator is not None and rule.random:
+            drawn = torch.randint(1 << 62, (1,), generator=o.generator, device=o.generator.device)
+            rule = rule.with_seed(int(drawn))
+        model, params = within_wrappers(o.model, o.params)
+        resolved = likelihoods.resolve(o.likelihood, model)
         own = dict(model.named_parameters())
         space = ParameterSpace.among(own, params)
-        device, parameters_dtype = model_device(model, space.names, own)
-        rows_dtype = at_least_single(parameters_dtype)
+        device, dtype = model_device(model, space.names, own)
         hashes = weight_hashes(model, space.names, own)
-        source, processes = Source(data, model), Processes.of(group, device, call)
-        if processes is not None:
-            processes.require_same(call, {
-                "parameters": space.names, "dtype": parameters_dtype, "weights": hashes()[0],
-                "likelihood": resolved.recorded,
-                "kind": (rule.kind_name, rule.kind_options()), "structure": structure,
-                "setting": (example, normalization, shift_labels, kfac_positions, max_rows, budget, storage),
-                "kept dtype": dtype, "shard": shard,
-            })  # fmt: skip
+        source, processes = Source(o.data, model), Processes.of(o.group, device, call)
+        settings = {
+            name: getattr(o, name)
+            for name in ("structure", "example", "normalization", "kfac_positions", "max_rows", "storage", "shard")
+        }
         if processes is None:
             plan = plan_of(model, space, source, assume=True, own=own)
         else:
+            processes.require_same(call, {
+                "parameters": space.names, "dtype": dtype, "weights": hashes()[0], "likelihood": resolved.recorded,
+                "kind": (rule.kind_name, rule.kind_options()), "shift_labels": o.shift_labels, "budget": budget,
+                "kept dtype": o.dtype, **settings,
+            })  # fmt: skip
             plan = joint_plan(model, space, source, processes)
         problem = Problem(
-            plan, source, resolved, rule, example == "token",
-            is_causal(model) if shift_labels is None else shift_labels, chunk_size,
-            progress and (processes is None or processes.rank == 0), processes=processes,
+            plan, source, resolved, rule, o.example == "token",
+            is_causal(model) if o.shift_labels is None else o.shift_labels, o.chunk_size,
+            o.progress and (processes is None or processes.rank == 0), processes=processes,
             offset=0 if processes is None or not rule.random else processes.before(source.count),
         )  # fmt: skip
         builder = Builder(
-            problem, normalization=normalization, memory_budget=budget, reduce=kfac_positions == "reduce",
-            max_rows=max_rows, storage=storage, weights=lambda: hashes()[0], kept=dtype, shard=shard,
+            problem, normalization=o.normalization, memory_budget=budget, reduce=o.kfac_positions == "reduce",
+            max_rows=o.max_rows, storage=o.storage, weights=lambda: hashes()[0], kept=o.dtype, shard=o.shard,
         )  # fmt: skip
         recorded = {
-            "kind": rule.kind_name, "structure": structure, "examples": "", "rows": "",
-            "likelihood": resolved.recorded, "label_source": rule.label_source, "example": example,
-            "normalization": normalization, "kfac_positions": kfac_positions, "model": type(model).__name__,
-            "parameters_hash": "", "covered_hash": f"{parameters_dtype}:".removeprefix("torch."),
+            "kind": rule.kind_name, "structure": o.structure, "examples": "", "rows": "",
+            "likelihood": resolved.recorded, "label_source": rule.label_source, "example": o.example,
+            "normalization": o.normalization, "kfac_positions": o.kfac_positions, "model": type(model).__name__,
+            "parameters_hash": "", "covered_hash": f"{dtype}:".removeprefix("torch."),
             "fisherkit": __version__, "torch": torch.__version__, **rule.kind_options(),
-            **({} if max_rows is None else {"max_rows": str(max_rows)}),
-            **({} if dtype is None else {"kept_dtype": str(dtype).removeprefix("torch.")}),
+            **({} if o.max_rows is None else {"max_rows": str(o.max_rows)}),
+            **({} if o.dtype is None else {"kept_dtype": str(o.dtype).removeprefix("torch.")}),
         }  # fmt: skip
-        return cls(builder, chosen, resolved, space, rows_dtype, device, recorded, hashes)
+        return cls(builder, chosen, recorded, hashes)
+
+
+_CHOICES: dict[str, Sequence[object]] = {
+    "example": ("sequence", "token"), "normalization": ("mean", "sum"), "kfac_positions": ("expand", "reduce"),
+    "shift_labels": (None, True, False), "storage": ("auto", "rows", "stream"), "shard": (True, False),
+    "dtype": (None, torch.bfloat16, torch.float32),
+}  # fmt: skip
 
 
 def _hashed(recorded: dict[str, str], hashes: Callable[[], tuple[str, str]]) -> dict[str, str]:
     """With hashes of the weights."""
     whole, covered = hashes()
     return {**recorded, "parameters_hash": whole, "covered_hash": recorded["covered_hash"] + covered}
-
-
-def _described(built: Built) -> dict[str, str]:
-    """What a build adds to what is recorded, but for its numbers of examples and rows."""
-    share = {} if built.dropped_share is None else {"dropped_share": repr(built.dropped_share)}
-    return {"coverage": built.coverage.to_json(), **share}
-
-
-def _counted(built: Built) -> dict[str, str]:
-    """All that it adds."""
-    tally = built.tally.some()
-    return {"examples": str(tally.examples), "rows": str(tally.rows), **_described(built)}
 
 
 def plan(
@@ -398,7 +358,8 @@ def build_file(
     path = io.as_path(path, f"{call}(path)")
     io.check_folder(path, call)
     asked = _asked(call, model, data, kind, options)
-    builder, source, recorded = asked.builder, asked.builder.problem.source, _hashed(asked.recorded, asked.hashes)
+    builder, recorded = asked.builder, _hashed(asked.recorded, asked.hashes)
+    source, plan = builder.problem.source, builder.problem.plan
     builder.storage = "rows"  # a file has them
     if builder.shards > 1:
         raise InvalidArgumentError(
@@ -406,16 +367,16 @@ def build_file(
             try_="FisherApproximation(..., shard=True), and save",
         )  # fmt: skip
     settings = recorded | {
-        "space": str(dict(zip(asked.space.names, asked.space.shapes, strict=True))), "dtype": str(asked.dtype),
+        "space": str(dict(zip(plan.space.names, plan.space.shapes, strict=True))), "dtype": str(plan.dtype),
         "threads": str(torch.get_num_threads()), "chunk_size": str(options.get("chunk_size")),
         "shift_labels": str(builder.problem.shift_labels),
     } | ({} if builder.processes is None else {"processes": str(builder.processes.size)})  # fmt: skip
-    parts = _Parts(
+    parts = PartsFile(
         builder, lambda data: io.PartsFile(path, settings, data, largest=max_shard_size, overwrite=overwrite, call=call)
     )
     known = parts.first(lambda file: {key: file.known[key] for key in ("budget", "data") if file.known})
     if known:
-        builder.set_budget(known["budget"])
+        builder.budget = builder.settings["memory_budget"] = known["budget"]
         own = known["data"] if builder.processes is None else known["data"][builder.processes.rank]
         source.expect(own, io.record_of(path).name)
     with without_autocast():
@@ -423,52 +384,17 @@ def build_file(
 
     def finish(file: io.PartsFile) -> None:
         if built is None:
-            file.close(BlockDiagonalOperator.tag, asked.space, recorded | _joint(file.records, asked.space))
+            # N and R are those of each part.
+            entries = [entry for one in file.records for entry in Coverage.from_json(one["coverage"]).entries]
+            entries.sort(key=lambda entry: plan.space.names.index(entry.parameters[0]))
+            joint = {**file.records[0], "coverage": Coverage(tuple(entries)).to_json()}
+            file.close(BlockDiagonalOperator.tag, plan.space, recorded | joint)
         else:
-            built.operator.metadata = recorded | _counted(built)
+            built.operator.metadata = recorded | built.counted()
             built.operator.save(path, max_shard_size=max_shard_size)
 
     parts.first(finish)
     return open_file(path)
-
-
-def _joint(records: Sequence[Mapping[str, Any]], space: ParameterSpace) -> dict[str, str]:
-    """What is recorded of all parts; N and R are those of each."""
-    entries = [entry for one in records for entry in Coverage.from_json(one["coverage"]).entries]
-    entries.sort(key=lambda entry: space.names.index(entry.parameters[0]))
-    return {**records[0], "coverage": Coverage(tuple(entries)).to_json()}
-
-
-class _Parts:
-    """Finished parts go to a file, which of several processes the first one makes."""
-
-    def __init__(self, builder: Builder, make: Callable[[Callable[[], list[Any]]], io.PartsFile]) -> None:
-        self.builder, self._data = builder, list[Any]()
-        processes = builder.processes
-
-        def begun() -> io.PartsFile | None:
-            return make(lambda: self._data) if processes is None or processes.rank == 0 else None
-
-        self._file: Any = begun() if processes is None else processes.each("build_file", begun)
-
-    def first(self, work: Callable[[io.PartsFile], T]) -> T:
-        """What the first process does with the file, and what comes of it, in all of them."""
-        processes = self.builder.processes
-        return work(self._file) if processes is None else processes.by_first("build_file", lambda: work(self._file))
-
-    def begin(self, parts: Sequence[Names], plan: str) -> Sequence[Names]:
-        """As the file knows them."""
-        return self.first(lambda file: file.begin(parts, plan, self.builder.budget))
-
-    def finished(self, number: int) -> bool:
-        """Whether it is in the file."""
-        return self.first(lambda file: file.finished(number))
-
-    def keep(self, number: int, blocks: Sequence[FisherOperator], built: Built) -> None:
-        """Write it, with what tells the data, every process's, from others."""
-        processes, digests = self.builder.processes, self.builder.problem.source.digests
-        self._data = digests if processes is None else processes.gathered(digests)
-        self.first(lambda file: file.put(number, [state_of(block) for block in blocks], _counted(built)))
 
 
 def _asked(
@@ -478,7 +404,7 @@ def _asked(
     bound = inspect.signature(FisherApproximation).bind(model, data, kind, **options)
     bound.apply_defaults()
     with without_autocast():
-        return _Asked.of(call, *bound.args, **bound.kwargs)
+        return _Asked.of(call, bound.arguments)
 
 
 def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
@@ -491,19 +417,25 @@ def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Sel
     return with_full_weights(unwrapped(model)), params
 
 
-def _only_full(call: str, structure: str, max_rows: int | None, storage: str) -> None:
-    if storage == "stream" and max_rows is not None:
-        raise InvalidArgumentError(
-            call=call, got=f'storage="stream" with max_rows={max_rows}', expected='storage="auto" or "rows"',
-            why="which rows are the largest is known when all have been made, once", try_="max_rows=None",
-        )  # fmt: skip
-    if storage != "auto" and structure != "full":
-        raise InvalidArgumentError(
-            call=call, got=f"storage={storage!r} with structure={structure!r}", expected='storage="auto"',
-            why="no other structure is made of the rows of the whole matrix", try_='structure="full"',
-        )  # fmt: skip
-    if max_rows is not None and structure != "full":
-        raise InvalidArgumentError(
-            call=call, got=f"max_rows={max_rows} with structure={structure!r}", expected='structure="full"',
-            why="no other structure keeps the rows of the whole matrix", try_="max_rows=None",
-        )  # fmt: skip
+def _refuse_unfit(call: str, o: SimpleNamespace, structure: type[Structure]) -> None:
+    """Refuse settings that the structure, or another setting, leaves without a meaning."""
+
+    def refuse(setting: str, expected: str, why: str, advice: str, beside: str = "structure") -> None:
+        got = f"{setting}={getattr(o, setting)!r} with {beside}={getattr(o, beside)!r}"
+        raise InvalidArgumentError(call=call, got=got, expected=expected, why=why, try_=advice)
+
+    if o.storage == "stream" and o.max_rows is not None:
+        why = "which rows are the largest is known when all have been made, once"
+        refuse("storage", 'storage="auto" or "rows"', why, "max_rows=None", "max_rows")
+    if o.storage != "auto" and structure.name != "full":
+        why = "no other structure is made of the rows of the whole matrix"
+        refuse("storage", 'storage="auto"', why, 'structure="full"')
+    if o.max_rows is not None and structure.name != "full":
+        why = "no other structure keeps the rows of the whole matrix"
+        refuse("max_rows", 'structure="full"', why, "max_rows=None")
+    if o.shard and structure.keeps_rows and not structure.in_parts:
+        why = "its rows are one block, and stay in the processes that made them anyway"
+        refuse("shard", "a structure of blocks", why, "shard=False")
+    if o.dtype is not None and not structure.packs:
+        why = "rounded, a matrix of rows or of a whole block would not be a Fisher matrix of its own"
+        refuse("dtype", "dtype=None", why, 'structure="kfac", "ekfac", "nkp" or "diagonal"')

@@ -428,7 +428,10 @@ class Categorical(Likelihood):
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
         """Columns of `hessian_factor`, O(C) each."""
-        return _softmax_columns(z, index)
+        place, log_p = index.unsqueeze(-1), torch.log_softmax(z, -1)
+        later = log_p.masked_fill(torch.arange(z.shape[-1], device=z.device) <= place, float("-inf"))
+        chosen, log_rest = log_p.gather(-1, place), torch.logsumexp(later, -1, keepdim=True)
+        return _column_scale(chosen, log_rest) * (-(later - log_rest).exp()).scatter(-1, place, 1.0)
 
     def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """p ∘ w − p (pᵀ w).
@@ -683,15 +686,6 @@ def _complement(p: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
     likeliest = p.argmax(-1, keepdim=True)
     others = p.scatter(-1, likeliest, 0.0).sum(-1, keepdim=True)
     return (1 - p).scatter(-1, likeliest, others)
-
-
-def _softmax_columns(z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
-    place = index.unsqueeze(-1)
-    log_p = torch.log_softmax(z, -1)
-    classes = torch.arange(z.shape[-1], device=z.device)
-    later = log_p.masked_fill(classes <= place, float("-inf"))
-    chosen, log_rest = log_p.gather(-1, place), torch.logsumexp(later, -1, keepdim=True)
-    return _column_scale(chosen, log_rest) * (-(later - log_rest).exp()).scatter(-1, place, 1.0)
 
 
 def _column_scale(chosen: Tensor, log_rest: Tensor) -> Tensor:

@@ -52,13 +52,9 @@ def _available(_moment: int) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, as long as they are there.
+    """Counts the bytes of all tensors made while it is on: those there ``now``, and the ``most`` at once.
 
     What a kernel takes and gives back within itself is not seen, as a decomposition's work space.
-
-    Attributes:
-        now: of those that are there.
-        most: that there were at once.
     """
 
     def __init__(self) -> None:

@@ -80,12 +80,9 @@ def virtual_tokens(model: nn.Module) -> int:
 
 @dataclass
 class ModelInputs:
-    """How a model is called.
+    """How a model is called: the keywords that it takes, None for any, and those without a default, if known.
 
-    Args:
-        names: the keywords that it takes; None for any.
-        required: the parameters without a default, in order; None if that cannot be seen.
-        encoder_decoder: whether labels go to the model as well, which makes its decoder's inputs from them.
+    Of an ``encoder_decoder`` labels go to the model as well, which makes its decoder's inputs from them.
     """
 
     names: frozenset[str] | None = None

@@ -28,16 +28,7 @@ Group = Any
 
 
 class Processes:
-    """The processes of a group, this one among them.
-
-    Args:
-        group: as `torch.distributed` takes it; None for the default group.
-        device: of the tensors that are exchanged.
-
-    Attributes:
-        rank: of this process in the group.
-        size: how many there are.
-    """
+    """The processes of a group (None for the default one), this one among them; tensors travel on the device."""
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.group, self.device = group, device
@@ -117,7 +108,13 @@ class Processes:
             raise error
         failed = {rank: text for rank, text in enumerate(told) if text is not None}
         if failed:
-            raise self._failed(what, failed)
+            texts = [f"rank {rank}: {text}" for rank, text in failed.items()]
+            raise ProcessError(
+                call=what,
+                got=f"an error in {listed(f'rank {rank}' for rank in failed)} of {self.size}; {texts[0][:2000]}",
+                expected="no error in any process", why="the result is that of all processes together",
+                try_="what that process's own error says",
+            )  # fmt: skip
         return result  # type: ignore[return-value]
 
     def by_first(self, what: str, function: Callable[[], T]) -> T:
@@ -169,9 +166,7 @@ class Processes:
     def owners(self, costs: Mapping[K, float], load: list[float] | None = None) -> dict[K, int]:
         """Which rank has which key: the costliest first, to the rank that has least to do.
 
-        Args:
-            costs: the same in all processes.
-            load: what each rank has to do already; changed.
+        Costs are the same in all processes; ``load`` is what each rank has to do already, and is changed.
         """
         load = [0.0] * self.size if load is None else load
         owner: dict[K, int] = {}
@@ -185,14 +180,6 @@ class Processes:
         owner = self.owners(costs)
         own = self.each("sharing out work", lambda: {k: function(k) for k in costs if owner[k] == self.rank})
         return {key: self.sent_by(owner[key], own.get(key)) for key in costs}
-
-    def _failed(self, what: str, failed: Mapping[int, str]) -> ProcessError:
-        texts = [f"rank {rank}: {text}" for rank, text in failed.items()]
-        return ProcessError(
-            call=what, got=f"an error in {listed(f'rank {rank}' for rank in failed)} of {self.size}; {texts[0][:2000]}",
-            expected="no error in any process", why="the result is that of all processes together",
-            try_="what that process's own error says",
-        )  # fmt: skip
 
     @contextlib.contextmanager
     def _connected(self) -> Any:

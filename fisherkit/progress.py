@@ -29,7 +29,7 @@ def bar(total: float | None, description: str, unit: str, *, shown: bool, steps:
     ``total`` is None if it is not known; without ``steps`` it shows the share that is done and not how many pieces.
     """
     if not shown:
-        return _HIDDEN
+        return tqdm(disable=True)
     options: dict[str, Any] = {} if total is None else {"bar_format": FORMAT if steps else SHARE, "smoothing": 0.1}
     every = _lines_every.get()
     if every is not None:
@@ -66,22 +66,6 @@ def in_lines(seconds: float) -> Iterator[None]:
         yield
     finally:
         _lines_every.reset(token)
-
-
-class _Hidden:
-    """A bar that is not shown."""
-
-    def __enter__(self) -> _Hidden:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: float = 1) -> None:
-        pass
-
-
-_HIDDEN = _Hidden()
 
 
 class _Lines:

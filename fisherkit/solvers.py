@@ -230,11 +230,7 @@ class _Solve:
 
 
 class _File:
-    """The file of one solve: its last iterate, and what the problem is recognised by.
-
-    Problems are recognised up to rounding: a gradient or a product that is computed again, perhaps with other threads
-    or on another device, is the same only up to rounding.
-    """
+    """The file of one solve: its last iterate, and what the problem is recognised by, up to rounding."""
 
     FORMAT, VERSION = "fisherkit-solve", 2
 

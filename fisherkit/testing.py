@@ -136,20 +136,14 @@ class _Check:
         scale: float | None = None,
     ) -> None:  # fmt: skip
         """Hold a result's form and values against the matrix's; ``scale`` is what the error is relative to."""
-        call, wanted = self.name(f"{operation}{detail}"), self.operator.dtype if dtype is None else dtype
-        if not isinstance(got, Tensor):
-            raise ConformanceError(call=call, got=f"a {type(got).__name__}", expected="a tensor")
+        name, wanted = f"{operation}{detail}", self.operator.dtype if dtype is None else dtype
+        self.require(name, isinstance(got, Tensor), f"a {type(got).__name__}", "a tensor")
         form = f"shape {list(got.shape)}, {got.dtype}, on {got.device}"
         promised = f"shape {list(expected.shape)}, {wanted}, on {self.operator.device}"
-        if form != promised:
-            raise ConformanceError(call=call, got=form, expected=promised)
-        if got.requires_grad:
-            got_graph = "a tensor with an autograd graph behind it"
-            raise ConformanceError(call=call, got=got_graph, expected="a detached one")
-        error = _relative_error(got, expected, scale)
-        if not error <= self.tolerance:
-            bound = f"at most {self.tolerance:.0e}, the tolerance"
-            raise ConformanceError(call=call, got=f"a relative error of {error:.2e}", expected=bound)
+        self.require(name, form == promised, form, promised)
+        self.require(name, not got.requires_grad, "a tensor with an autograd graph behind it", "a detached one")
+        error, bound = _relative_error(got, expected, scale), f"at most {self.tolerance:.0e}, the tolerance"
+        self.require(name, error <= self.tolerance, f"a relative error of {error:.2e}", bound)
         self.errors[operation] = max(error, self.errors.get(operation, 0.0))
 
     def require(self, operation: str, holds: bool, got: str, expected: str) -> None:
@@ -164,11 +158,8 @@ class _Check:
         except (NoClosedFormError, MemoryBudgetError) as error:
             allowed = MAY_BE_REFUSED if isinstance(error, NoClosedFormError) else NEEDS_A_SQUARE_MATRIX
             got = f"{type(error).__name__}: {error}"
-            if operation not in allowed:
-                raise ConformanceError(call=self.name(operation), got=got, expected="an answer") from error
-            if not error.try_:
-                expected = "a message that says what to use instead"
-                raise ConformanceError(call=self.name(operation), got=got, expected=expected) from error
+            self.require(operation, operation in allowed, got, "an answer")
+            self.require(operation, bool(error.try_), got, "a message that says what to use instead")
             self.refused.add(operation)
             return None
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fisherkit as fk
-from fisherkit.rows.selection import RowSelection
+from fisherkit.rows.base import RowSelection
 from fisherkit.rows.sliced import SlicedRows
 
 WIDTH, CLASSES = 4, 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.kinds import KINDS
-from fisherkit.rows import generic, one_by_one, problem
+from fisherkit.rows import generic, linearized, problem
 from fisherkit.rows.verified import _KNOWN
 
 F64 = torch.float64
@@ -109,7 +109,7 @@ def test_loop__takes_one_pass_an_example() -> None:
 def test_loop__holds_no_more_graphs_than_the_budget_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    class Noting(one_by_one.OneByOne):
+    class Noting(linearized.OneByOne):
         def __init__(self, plan: Any, batch: Any, **options: Any) -> None:
             sizes.append(batch.size)
             super().__init__(plan, batch, **options)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.operators import LowRankOperator, unwrap
-from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.largest import LargestRows
-from fisherkit.rows.stored import StoredRows
+from fisherkit.rows.base import StoredRows
+from fisherkit.rows.collection import LargestRows, Rows, UnitSlot
 from fisherkit.space import ParameterSpace
 from fisherkit.testing import check_fisher
 from tests.conformance_cases import KINDS, build, problem, reference_rows, relative_error

@@ -22,8 +22,8 @@ from fisherkit.operators import (
     SumOperator,
     state_of,
 )
+from fisherkit.rows.base import StoredRows
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.stored import StoredRows
 from fisherkit.space import ParameterSpace
 from tests.operator_cases import (
     CASES,

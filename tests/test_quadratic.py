@@ -22,8 +22,8 @@ from fisherkit.operators import (
     state_of,
 )
 from fisherkit.operators.quadratic import atoms, join
+from fisherkit.rows.base import StoredRows
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.stored import StoredRows
 from tests.operator_cases import CASES, DTYPES, LAYER, TOLERANCE, Pair, dense, diagonal, kronecker, normal
 
 F64 = torch.float64

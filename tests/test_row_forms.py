@@ -17,11 +17,10 @@ from fisherkit.influence import InfluenceScores
 from fisherkit.operators.factorization import BlockProducts, SolvedProducts
 from fisherkit.operators.kronecker import EigenProducts
 from fisherkit.operators.low_rank import GramProducts
-from fisherkit.rows.base import aligned_product
+from fisherkit.rows.base import StoredRows, aligned_product
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.problem import Problem
-from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.verified import plan_for
 from fisherkit.vectors import EmpiricalVectors
 from tests.conformance_cases import build, problem

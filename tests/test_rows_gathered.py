@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fisherkit as fk
 from fisherkit.rows import collection
+from fisherkit.rows.base import StoredRows
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.stored import StoredRows
 from tests.conformance_cases import problem
 from tests.influence_cases import data
 from tests.small_data import mlp

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fisherkit.rows import factored
+from fisherkit.rows.base import StoredRows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.patches import Patches
-from fisherkit.rows.stored import StoredRows
 
 N, T, INPUTS, OUTPUTS = 5, 9, 4, 6
 MANY, FEW = 40, 1

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.operators import LowRankOperator, unwrap
-from fisherkit.rows import later
+from fisherkit.rows import streamed as later
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.later import LaterRows, products_before_rows
+from fisherkit.rows.streamed import LaterRows, products_before_rows
 from fisherkit.testing import check_fisher
 from tests.snapshot import untouched
 
@@ -210,7 +210,7 @@ def test_later__a_build_reads_no_batch_through_the_model_and_a_product_each_once
 def test_later__rows_are_made_when_they_pay() -> None:
     model, data = perceptron(), batches()
     fisher = fk.ExactFisher(model, data)
-    problem = state(fisher).streamed.problem
+    problem = state(fisher).problem
     most = products_before_rows(problem.plan, problem.vectors_per_example, problem.examples)
     assert later.FEWEST <= most < 20
     for _ in range(int(most)):
@@ -230,7 +230,7 @@ def test_later__a_failed_product_counts_for_nothing() -> None:
     data[1][0].fill_(0)
     with pytest.raises(fk.DataError):
         _ = fisher @ vectors(fisher, 1)
-    assert (state(fisher).left, state(fisher).streamed.counted) == (before, None)
+    assert (state(fisher).left, state(fisher).counted) == (before, None)
     data[1][0].copy_(x)
     close(fisher @ vectors(fisher, 1), fk.ExactFisher(perceptron(), data, storage="rows") @ vectors(fisher, 1))
 

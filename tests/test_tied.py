@@ -17,9 +17,9 @@ import fisherkit as fk
 from fisherkit import optim
 from fisherkit.influence import InfluenceScores
 from fisherkit.rows import base, factored, summed
+from fisherkit.rows.base import StoredRows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.sparse import SparseRows
-from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.summed import SumRows
 from fisherkit.testing import check_fisher
 

@@ -314,13 +314,13 @@ class Merge:
         files = {file for model in self.model for file in ModelFiles(model, CALL).paths if file.is_file()}
         models = f"{len(self.model)} models ({readable(sum(file.stat().st_size for file in files))})"
         models += " layer after layer" * bool(self.data)
-        fishers = sum(io.read_header(path, CALL).nbytes for path in self.fisher or ())
         if not self.fisher:
             return models
-        solved = self.fisher if METHODS[self.method][0] is merging.merge else []  # RegMean takes a step or two
-        seconds = expected_seconds([io.read_header(path, CALL) for path in solved])
+        headers = [io.read_header(path, CALL) for path in self.fisher]
+        # RegMean takes a step or two.
+        seconds = expected_seconds(headers) if METHODS[self.method][0] is merging.merge else 0.0
         time_said = f", about {duration(seconds)} on one CPU core" if seconds >= WORTH_SAYING else ""
-        return f"{models} by their Fishers ({readable(fishers)}){time_said}"
+        return f"{models} by their Fishers ({readable(sum(header.nbytes for header in headers))}){time_said}"
 
     def _tell(self, path: Path, info: merging.MergeInfo, seconds: float) -> None:
         if self.as_json:

@@ -25,8 +25,8 @@ from fisherkit.operators import Damping, FisherOperator
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
-from fisherkit.rows.hidden import refuse_hidden
 from fisherkit.rows.record import refuse_train_mode
+from fisherkit.rows.watched import refuse_hidden
 from fisherkit.space import ParameterSpace, Selection
 
 Direction = Tensor | Mapping[str, Tensor]

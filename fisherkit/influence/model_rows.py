@@ -36,11 +36,10 @@ from fisherkit.operators import FisherOperator
 from fisherkit.operators.persistence import renamed
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.first_batch import plan_of
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.streamed import ThinnedSource, thinned
-from fisherkit.rows.verified import plan_again
+from fisherkit.rows.verified import plan_again, plan_of
 from fisherkit.space import ParameterSpace
 from fisherkit.vectors import EmpiricalVectors
 from fisherkit.wrappers import matching, unwrapped, with_full_weights

@@ -286,34 +286,24 @@ def expected_seconds(headers: Sequence[FisherHeader]) -> float:
 
     Cost: some milliseconds, for three matrix products.
     """
-    operations = sum(_operations(header) for header in headers)
-    return operations / _speed() if operations else 0.0
-
-
-def _operations(header: FisherHeader) -> float:
-    shapes, total = dict(zip(header.space.names, header.space.shapes, strict=True)), 0.0
-    for node in _leaves(header.root):
-        if "kronecker" in node.kind:
-            size = sum(math.prod(shapes[name]) for name in node.names)
-            outputs = max(shapes[node.names[0]][:1], default=1)
-            inputs = size // outputs
-            iterated = EIGEN / 2 * (outputs**3 + inputs**3) + STEPS * 2 * (outputs + inputs) * size
-            total += size**3 / 3 if size <= DENSE_SIZE else iterated
-    return total
-
-
-def _leaves(node: Node) -> Iterator[Node]:
-    if not node.children:
-        yield node
-    for child in node.children:
-        yield from _leaves(child)
-
-
-def _speed() -> float:
-    """Operations a second of a product of float64 matrices, by one thread."""
-    matrix, best = torch.ones(PROBE, PROBE, dtype=torch.float64), math.inf
+    if not (operations := sum(map(_operations, headers))):
+        return 0.0
+    matrix, took = torch.ones(PROBE, PROBE, dtype=torch.float64), []
     for _ in range(3):
         begin = time.process_time()
         matrix @ matrix
-        best = min(best, time.process_time() - begin)
-    return 2 * PROBE**3 / max(best, 1e-6)
+        took.append(time.process_time() - begin)
+    return operations / (2 * PROBE**3) * max(min(took), 1e-6)
+
+
+def _operations(header: FisherHeader, node: Node | None = None) -> float:
+    """Of a node, by default the whole file's."""
+    node = node or header.root
+    if node.children or "kronecker" not in node.kind:
+        return sum(_operations(header, child) for child in node.children)
+    shapes = dict(zip(header.space.names, header.space.shapes, strict=True))
+    size = sum(math.prod(shapes[name]) for name in node.names)
+    outputs = max(shapes[node.names[0]][:1], default=1)
+    inputs = size // outputs
+    iterated = EIGEN / 2 * (outputs**3 + inputs**3) + STEPS * 2 * (outputs + inputs) * size
+    return size**3 / 3 if size <= DENSE_SIZE else iterated

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fisherkit import io
@@ -152,14 +152,7 @@ class BlockDiagonalOperator(CompositeOperator):
 
     def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
         owner = owners_of_leading(self._leading(k), k)
-        parts = []
-        for i, block in enumerate(self.blocks):
-            columns = (owner == i).nonzero().squeeze(1)
-            part = torch.zeros(block.size, k, dtype=self.dtype, device=self.device)
-            if len(columns):
-                part[:, columns] = block._eigenvectors(len(columns))
-            parts.append(part)
-        return self._scatter(parts)
+        return self._scatter([own_leading(block, owner == i) for i, block in enumerate(self.blocks)])
 
     def _effective_dimension(self, damping: float) -> Float[Tensor, ""]:
         return torch.stack([block._effective_dimension(damping) for block in self.blocks]).sum()
@@ -225,6 +218,14 @@ def owners_of_leading(leading: Sequence[Float[Tensor, "_"]], k: int) -> Int[Tens
     # Stable, so that of equal ones within a part the first are taken, which its own eigenvectors(count) are.
     order = torch.cat(list(leading)).sort(descending=True, stable=True).indices[:k]
     return torch.cat([torch.full_like(own, i, dtype=torch.long) for i, own in enumerate(leading)])[order]
+
+
+def own_leading(part: FisherOperator, own: Bool[Tensor, "k"]) -> Float[Tensor, "d k"]:
+    """Eigenvectors of a part where the leading ones of all parts are its own, in their places, and 0 elsewhere."""
+    columns = torch.zeros(part.size, len(own), dtype=part.dtype, device=part.device)
+    if count := int(own.sum()):
+        columns[:, own] = part._eigenvectors(count)
+    return columns
 
 
 def join(space: ParameterSpace, blocks: Sequence[FisherOperator]) -> FisherOperator:

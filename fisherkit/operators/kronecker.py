@@ -37,7 +37,22 @@ from fisherkit.rows.factored import FactoredRows
 from fisherkit.space import ParameterSpace
 
 
-class KroneckerOperator(FisherOperator):
+class LayerOperator(FisherOperator):
+    """Over one layer's weight, or weight and bias, diagonal in a Kronecker product's eigenbasis."""
+
+    _layout: LayerLayout
+    inversion = "cheap"
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Which parameter lies where on the grid that factors and bases act on."""
+        return self._layout
+
+    def _usual_damping(self) -> float:
+        return 0.1
+
+
+class KroneckerOperator(LayerOperator):
     """F = G ⊗ A over one layer's weight, or weight and then bias.
 
     Args:
@@ -88,11 +103,6 @@ class KroneckerOperator(FisherOperator):
             )
         )
         return on_inputs, on_outputs
-
-    @property
-    def layout(self) -> LayerLayout:
-        """Which parameter lies where on the grid that the factors act on."""
-        return self._layout
 
     def eigen(self) -> EigenKroneckerOperator:
         """The same matrix in its eigenbasis; computed once, O(O³ + I³)."""
@@ -157,8 +167,6 @@ class KroneckerOperator(FisherOperator):
         """A and G; not to be changed."""
         return self.activation, self.gradient
 
-    inversion = "cheap"
-
     @property
     def decomposed_side(self) -> int:
         """The side of the larger factor."""
@@ -166,9 +174,6 @@ class KroneckerOperator(FisherOperator):
 
     def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
         return self.activation.double(), self.gradient.double()
-
-    def _usual_damping(self) -> float:
-        return 0.1
 
     def _average(self) -> FisherOperator:
         identity = torch.eye(len(self.gradient), dtype=self.dtype, device=self.device)
@@ -219,7 +224,7 @@ class _Weights(NamedTuple):
     on_inputs: Float[Tensor, "r"] | None = None
 
 
-class EigenKroneckerOperator(FisherOperator):
+class EigenKroneckerOperator(LayerOperator):
     """F = (U_G ⊗ U_A) diag(e) (U_G ⊗ U_A)ᵀ over one layer's weight, or weight and then bias.
 
     Args:
@@ -273,11 +278,6 @@ class EigenKroneckerOperator(FisherOperator):
         whole = activation.rest is None and gradient.rest is None
         leading = None if whole else (activation, gradient)
         return cls(space, activation.basis, gradient.basis, grid, transposed, decomposed=True, leading=leading)
-
-    @property
-    def layout(self) -> LayerLayout:
-        """Which parameter lies where on the grid that the bases act on."""
-        return self._layout
 
     @property
     def _outer_values(self) -> tuple[Float[Tensor, "s"], Float[Tensor, "r"], Float[Tensor, ""]] | None:
@@ -376,8 +376,6 @@ class EigenKroneckerOperator(FisherOperator):
     def _frobenius(self) -> Float[Tensor, ""]:
         return self._trace_of(torch.square).sqrt()
 
-    inversion = "cheap"
-
     def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]] | None:
         """With F's eigenvectors, and eigenvalues whose outer product has the marginals of F's."""
         if self._leading is not None:
@@ -385,9 +383,6 @@ class EigenKroneckerOperator(FisherOperator):
         on_outputs, on_inputs = marginals(self.eigenvalue_grid.double())
         u_a, u_g = self.activation_basis.double(), self.gradient_basis.double()
         return (u_a * on_inputs) @ u_a.mT, (u_g * on_outputs) @ u_g.mT
-
-    def _usual_damping(self) -> float:
-        return 0.1
 
     def _average(self) -> FisherOperator:
         outputs = self._layout.outputs

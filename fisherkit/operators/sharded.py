@@ -21,7 +21,7 @@ from fisherkit.errors import FisherkitError
 from fisherkit.io.fisher_file import pack
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.composite import BlockDiagonalOperator, join, owners_of_leading
+from fisherkit.operators.composite import BlockDiagonalOperator, join, own_leading, owners_of_leading
 from fisherkit.operators.factorization import Factorization
 from fisherkit.operators.outputs_average import average_over_outputs
 from fisherkit.processes import Processes
@@ -160,15 +160,8 @@ class ShardedOperator(FisherOperator):
         return torch.cat(self._leading(k)).topk(k).values
 
     def _eigenvectors(self, k: int) -> Float[Tensor, "D k"]:
-        columns = (owners_of_leading(self._leading(k), k) == self.processes.rank).nonzero().squeeze(1)
-
-        def vectors(own: FisherOperator) -> Tensor:
-            part = torch.zeros(own.size, k, dtype=self.dtype, device=self.device)
-            if len(columns):
-                part[:, columns] = own._eigenvectors(len(columns))
-            return part
-
-        return self._joined(self.own, vectors, k)
+        mine = owners_of_leading(self._leading(k), k) == self.processes.rank
+        return self._joined(self.own, lambda own: own_leading(own, mine), k)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
         self._asked("to_dense")

@@ -30,18 +30,15 @@ from fisherkit.optim.watch import Watch
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Processes
 from fisherkit.randomness import RngState, device_generators, rng_state, untouched_rng
-from fisherkit.rows.base import TILE
+from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.differentiable import differentiable
-from fisherkit.rows.first_batch import plan_of_call
-from fisherkit.rows.hidden import refuse_reentrant
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, forward, has_own_gradients, influenced, require_alike_in_parts
 from fisherkit.rows.record import Recorder
-from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.verified import fingerprint
-from fisherkit.rows.watched import Watched
+from fisherkit.rows.verified import fingerprint, plan_of_call
+from fisherkit.rows.watched import Watched, refuse_reentrant
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.wrappers import full
 
@@ -262,7 +259,7 @@ class Capture:
         plan = plan_of_call(self.model, ParameterSpace.of(self.model, names), batch)
         if plan.unused or any(unit.without_use for unit in plan.generic):
             with plan.quiet():
-                linearized = Linearized.at(plan, batch)
+                linearized = Linearized(plan, batch, forward(plan, batch))
                 self._used |= _used(linearized.watched)
                 plan = linearized.replanned() if linearized.newly_ruled else plan
         # As in torch, a parameter that the loss does not depend on is left alone.
@@ -386,7 +383,7 @@ class Capture:
         seen = self._see(one, one.z)
         slots = Slots.of(seen.outputs, self.rule, False, seen.counts, traced=False)
         self._choose(one.plan, slots)
-        found = [one.found.get(id(edge)) for edge in linearized.edges]
+        found = [one.found.get(id(edge)) for edge in linearized.watched.edges]
         gradients = [None if g is None else g.unsqueeze(0) for g in found]
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:

@@ -15,12 +15,11 @@ from fisherkit.data import Batch
 from fisherkit.errors import ModelError
 from fisherkit.optim.outputs import Seen
 from fisherkit.randomness import RngState
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import StoredRows, UnitRows
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.rules import Use
-from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.units import RuledUnit
 from fisherkit.rows.watched import Watched
 

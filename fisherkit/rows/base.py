@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 TILE = 1 << 25
@@ -30,6 +32,38 @@ ALIGNED = 8
 """Products are fastest with a multiple of so many columns."""
 
 R = TypeVar("R", bound="UnitRows")
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """Which slots of k vectors and B examples are rows, by example and then by vector; ``keep`` is None for all."""
+
+    vectors: int
+    batch: int
+    device: torch.device
+    keep: Bool[Tensor, "B k"] | None = None
+
+    @cached_property
+    def _kept(self) -> Int[Tensor, "R"] | None:
+        return None if self.keep is None else self.keep.flatten().nonzero().squeeze(1)
+
+    @property
+    def example(self) -> Int[Tensor, "R"] | None:
+        """The example of each row; None if every example has all of its vectors."""
+        return None if self._kept is None else self._kept // self.vectors
+
+    @property
+    def owner(self) -> Int[Tensor, "R"]:
+        """The example of each row, spelled out."""
+        if self.example is not None:
+            return self.example
+        examples = torch.arange(self.batch, device=self.device)
+        return examples if self.vectors == 1 else examples.repeat_interleave(self.vectors)
+
+    def take(self, x: Shaped[Tensor, "k B ..."]) -> Shaped[Tensor, "R ..."]:
+        """The rows of something that there is for every slot."""
+        by_example = x[0] if len(x) == 1 else x.transpose(0, 1).flatten(0, 1)
+        return by_example if self._kept is None else by_example[self._kept]
 
 
 class UnitRows(ABC):
@@ -180,13 +214,10 @@ def aligned_product(x: Float[Tensor, "... d"], u: Float[Tensor, "d K"]) -> Float
 
 
 def inner_products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -> Float[Tensor, "R S"]:
-    """X Yᵀ in float64.
+    """X Yᵀ in float64; of a Gram, where y is x, one half is computed.
 
-    Args:
-        x: rows.
-        y: rows; the same object for a Gram, of which one half is computed.
-        precise: multiply in float64. Else float32 products are summed over `BLOCK` columns in float32 and over blocks
-            in float64, so that the error stays that of a few roundings of the rows themselves.
+    Multiplied in float64 too if ``precise``. Else float32 products are summed over `BLOCK` columns in float32 and over
+    blocks in float64, so that the error stays that of a few roundings of the rows themselves.
     """
     if x is y and x.shape[0] >= HALVED:
         half = x.shape[0] // 2
@@ -212,6 +243,61 @@ def _products(x: Float[Tensor, "R d"], y: Float[Tensor, "S d"], precise: bool) -
     for span in spans(whole // BLOCK, 8 * x.shape[0] * y.shape[0]):
         result += (left[span] @ right[span].mT).sum(0, dtype=torch.float64)
     return result.add_(x[:, whole:] @ y[:, whole:].mT)
+
+
+class StoredRows(UnitRows):
+    """Rows written out as one matrix: right for small parameters and for layers with many shared positions.
+
+    Args:
+        values: ``[R, d]``.
+    """
+
+    form = "stored"
+
+    def __init__(self, values: Float[Tensor, "R d"]) -> None:
+        super().__init__(*values.shape)
+        self.values = values
+
+    def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
+        """J U."""
+        return product(self.values, u)
+
+    def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
+        """Jᵀ W."""
+        return torch.mm(self.values.mT, w, out=out)
+
+    def gram(self, other: StoredRows, precise: bool = True) -> Float[Tensor, "R S"]:
+        """J J'ᵀ."""
+        return inner_products(self.values, self.values if other is self else other.values, precise)
+
+    def squared_sum(self) -> Float[Tensor, "d"]:
+        """Σ_r row_r²."""
+        return self.values.square().sum(0)
+
+    def dense(self) -> Float[Tensor, "R d"]:
+        """The matrix."""
+        return self.values
+
+    def scaled(self, scale: float) -> StoredRows:
+        """Every row times a number."""
+        return StoredRows(self.values * scale)
+
+    def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> StoredRows:
+        """The rows in another order."""
+        return StoredRows(self.values[order])
+
+    def double(self) -> StoredRows:
+        """The rows in float64."""
+        return StoredRows(self.values.double())
+
+    @classmethod
+    def cat(cls, parts: Sequence[StoredRows]) -> StoredRows:
+        """All rows of the parts."""
+        return parts[0] if len(parts) == 1 else cls(torch.cat([part.values for part in parts]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix."""
+        return {"values": self.values}
 
 
 def second_moment(x: Float[Tensor, "... w"]) -> Float[Tensor, "w w"]:

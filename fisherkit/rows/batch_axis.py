@@ -17,6 +17,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from string import ascii_letters
 from typing import Any, NamedTuple
 
 import torch
@@ -49,18 +50,10 @@ Status = Axis | Mark
 
 
 class Call(NamedTuple):
-    """A function call as the rules of this file see it.
+    """A function call as the rules of this file see it, with what is known of each tensor among its arguments.
 
-    Args:
-        batch: number of examples.
-        args: positional arguments.
-        kwargs: keyword arguments.
-        operands: the tensors among them with what is known of each.
-        output: a tensor that it returned.
-        function: the function.
-        first: whether the output is the first that it returned.
-        constants: operands with an entry for each example that do not depend on one, as rules find them, and the axis
-            of these entries.
+    ``first`` says whether the output is the first that it returned. ``constants`` are operands with an entry for each
+    example that do not depend on one, as rules find them, and the axis of these entries.
     """
 
     batch: int
@@ -203,7 +196,11 @@ class Tracker:
         ]
         if elementwise:
             with contextlib.suppress(RuntimeError):  # a tensor of someone's transform tells none
-                self.numbers += [t.item() for t in given if self._is_number(t)]
+                self.numbers += [
+                    t.item()
+                    for t in given
+                    if t.numel() == 1 and not t.requires_grad and self._status(t) is Mark.FREE  # one constant
+                ]
         if not outputs or (function in CONSTANTS and not self._of_examples((args[1:], kwargs))):
             return
         ids = set(map(id, outputs))
@@ -255,10 +252,6 @@ class Tracker:
             self.met = True
         decides = any(map(self._is_real, told)) and not self._holds_for_parts(told[0], output)
         self.decided = self.decided or decides
-
-    def _is_number(self, tensor: Tensor) -> bool:
-        """Whether it is one constant."""
-        return tensor.numel() == 1 and not tensor.requires_grad and self._status(tensor) is Mark.FREE
 
     def _of_examples(self, arguments: Any) -> bool:
         """Whether numbers of examples are among them."""
@@ -390,98 +383,59 @@ def _elementwise(call: Call) -> Axis | None:
     return Axis(dim, outer, inner) if fits else None
 
 
-def _first(*ndims: int) -> Becomes:
-    """Axis 0 stays what it is, of tensors with so many axes: convolutions, pooling, norms by channel."""
+def _along(dims: Callable[[Call, Tensor], Sequence[int] | None]) -> Becomes:
+    """A function of one operand along some axes of it, which stay or go (None for not known): the others are kept."""
 
     def becomes(call: Call) -> Axis | None:
         found = call.only()
-        if found is None:
+        mixed = None if found is None else dims(call, found[0])
+        if found is None or mixed is None or found[1].dim in mixed:
             return None
         x, axis = found
-        kept = axis.dim == 0 and x.ndim == call.output.ndim and call.output.shape[0] == x.shape[0]
-        return axis if kept and x.ndim in ndims else None
-
-    return becomes
-
-
-def _batch_norm(call: Call) -> Axis | None:
-    """Axis by axis, if the statistics are constants."""
-    found = call.only()
-    training = call.argument(5, "training", False)
-    return None if found is None or training or found[1].dim == 1 else found[1]
-
-
-def _last(features: int) -> Becomes:
-    """All but the last axes are kept: linear layers and norms."""
-
-    def becomes(call: Call) -> Axis | None:
-        found = call.only()
-        own = call.argument(1, "normalized_shape") if features == 0 else None
-        behind = features if own is None else len(own)
-        return found[1] if found is not None and found[1].dim < found[0].ndim - behind else None
-
-    return becomes
-
-
-def _addmm(call: Call) -> Axis | None:
-    """Input + mat1 mat2, as Hugging Face's Conv1D."""
-    found = call.only(1)
-    if found is None or found[1].dim != 0:
-        return None
-    call.meets(found[1], -2, call.args[:1])
-    return found[1]
-
-
-def _embedding(call: Call) -> Axis | None:
-    """Tokens' axes come first."""
-    found = call.only()
-    return None if found is None else found[1]
-
-
-def _along(place: int, name: str, default: Any) -> Becomes:
-    """A function along other axes that keeps the number of axes."""
-
-    def becomes(call: Call) -> Axis | None:
-        found = call.only()
-        if found is None:
+        gone = max(0, x.ndim - call.output.ndim)
+        if gone and gone != len(set(mixed)):
             return None
-        x, axis = found
-        dims = _dims(call.argument(place, name, default), x.ndim)
-        kept = dims is not None and axis.dim not in dims and call.output.ndim == x.ndim
-        return axis if kept and call.output.shape[axis.dim] == call.size(axis) else None
+        dim = axis.dim - sum(d < axis.dim for d in set(mixed)) if gone else axis.dim
+        fits = call.output.shape[dim] == axis.outer * call.batch * axis.inner
+        return axis._replace(dim=dim) if fits else None
 
     return becomes
+
+
+def _said(place: int, name: str, default: Any) -> Becomes:
+    """The same along axes that an argument says."""
+    return _along(lambda call, x: _dims(call.argument(place, name, default), x.ndim))
+
+
+def _behind_first(*ndims: int) -> Becomes:
+    """The same along all axes but the first, of tensors with so many axes: convolutions, pooling, norms by channel."""
+    return _along(lambda _, x: range(1, x.ndim) if x.ndim in ndims else None)
+
+
+def _reduced(place: int) -> Becomes:
+    """Sums, means and extremes over other axes, which are said at a place; or the larger of two."""
+    along = _said(place, "dim", None)
+    return lambda call: (
+        _elementwise(call)
+        if any(isinstance(call.argument(1, name), Tensor) for name in ("other", "dim"))
+        else along(call)
+    )
+
+
+def _one_axis(call: Call) -> Axis | None:
+    """Of all operands that have one."""
+    axes = {axis for _, axis in call.tagged}
+    return axes.pop() if len(axes) == 1 else None
 
 
 def _gathered(call: Call) -> Axis | None:
     """Entries along another axis at places of each example's own, of what it has or of a constant."""
-    axes, dims = {axis for _, axis in call.tagged}, _dims(call.argument(1, "dim"), call.output.ndim)
-    axis = axes.pop() if len(axes) == 1 else None
+    axis, dims = _one_axis(call), _dims(call.argument(1, "dim"), call.output.ndim)
     if axis is None or dims is None or axis.dim in dims or any(t.ndim != call.output.ndim for t, _ in call.operands):
         return None
-    kept = all(t.shape[axis.dim] == call.size(axis) for t, _ in call.operands)
     call.meets(axis)
-    return axis if kept and call.output.shape[axis.dim] == call.size(axis) else None
-
-
-def _reduced(place: int) -> Becomes:
-    """Sums, means and extremes over other axes, which are said at a place."""
-
-    def becomes(call: Call) -> Axis | None:
-        if any(isinstance(call.argument(1, name), Tensor) for name in ("other", "dim")):
-            return _elementwise(call)  # the larger of two
-        found = call.only()
-        dims = None if found is None else _dims(call.argument(place, "dim"), found[0].ndim)
-        if found is None or dims is None or found[1].dim in dims:
-            return None
-        x, axis = found
-        if call.output.ndim == x.ndim:
-            return axis if call.output.shape[axis.dim] == call.size(axis) else None
-        if call.output.ndim != x.ndim - len(set(dims)):
-            return None
-        return axis._replace(dim=axis.dim - sum(d < axis.dim for d in set(dims)))
-
-    return becomes
+    kept = all(t.shape[axis.dim] == call.size(axis) for t in (*(t for t, _ in call.operands), call.output))
+    return axis if kept else None
 
 
 def _reshaped(call: Call) -> Axis | None:
@@ -520,14 +474,6 @@ def _expanded(call: Call) -> Axis | None:
     return found[1]._replace(dim=dim) if call.output.shape[dim] == call.size(found[1]) else None
 
 
-def _flipped(call: Call) -> Axis | None:
-    """Other axes backwards, which may be said one by one."""
-    found = call.only()
-    said = call.args[1:] if len(call.args) > 2 else call.argument(1, "dims")
-    dims = None if found is None else _dims(said, found[0].ndim)
-    return found[1] if found is not None and dims is not None and found[1].dim not in dims else None
-
-
 def _repeated(call: Call) -> Axis | None:
     """Each entry some times in a row; along the batch's axis the copies are one more inner axis."""
     found, times = call.only(), call.argument(1, "repeats")
@@ -538,42 +484,13 @@ def _repeated(call: Call) -> Axis | None:
     return axis._replace(inner=axis.inner * times) if axis.dim in dim else axis
 
 
-def _padded(call: Call) -> Axis | None:
-    """The last axes get longer."""
-    found = call.only()
-    amounts = call.argument(1, "pad")
-    return found[1] if found is not None and found[1].dim < found[0].ndim - len(amounts) // 2 else None
-
-
-def _joined(call: Call) -> Axis | None:
-    """Tensors one after the other along another axis."""
-    axes = {axis for _, axis in call.tagged}
-    dims = _dims(call.argument(1, "dim", 0), call.output.ndim)
-    if len(axes) != 1 or dims is None:
+def _joined(call: Call, new: int = 0) -> Axis | None:
+    """Tensors one after the other along another axis, or along a ``new`` one."""
+    axis, dims = _one_axis(call), _dims(call.argument(1, "dim", 0), call.output.ndim)
+    if axis is None or dims is None or (axis.dim in dims and not new):
         return None
-    axis = axes.pop()
     call.meets(axis)
-    return None if axis.dim in dims else axis
-
-
-def _stacked(call: Call) -> Axis | None:
-    """Tensors along a new axis."""
-    axes = {axis for _, axis in call.tagged}
-    dims = _dims(call.argument(1, "dim", 0), call.output.ndim)
-    if len(axes) != 1 or dims is None:
-        return None
-    axis = axes.pop()
-    call.meets(axis)
-    return axis._replace(dim=axis.dim + (dims[0] <= axis.dim))
-
-
-def _removed(call: Call) -> Axis | None:
-    """One entry of another axis, which goes."""
-    found = call.only()
-    dims = None if found is None else _dims(call.argument(1, "dim", 0), found[0].ndim)
-    if found is None or dims is None or found[1].dim in dims:
-        return None
-    return found[1]._replace(dim=found[1].dim - (dims[0] < found[1].dim))
+    return axis._replace(dim=axis.dim + new * (dims[0] <= axis.dim))
 
 
 def _indexed(call: Call) -> Axis | None:
@@ -629,37 +546,39 @@ def _all_of(entry: Any) -> bool:
     return isinstance(entry, slice) and entry == slice(None)
 
 
+def product_terms(left: int, right: int) -> tuple[str, str, str]:
+    """The axes of a matrix product of operands with so many axes, as einsum says them; leading ones are broadcast."""
+    batch = ascii_letters[: max(left, right, 2) - 2]
+    first, second = batch[len(batch) - max(0, left - 2) :], batch[len(batch) - max(0, right - 2) :]
+    rows, columns = "X" if left > 1 else "", "Z" if right > 1 else ""
+    return f"{first}{rows}Y", f"{second}Y{columns}", f"{batch}{rows}{columns}"
+
+
+def _lettered(call: Call, operands: Sequence[Any], terms: Sequence[str], out: str) -> Axis | None:
+    """Sums over axes that have letters: the batch's is the same in all operands, and in the result."""
+    own = list(zip(operands, terms, strict=True))
+    axes = [(term, axis) for x, term in own if isinstance(axis := call.status(x), Axis)]
+    found = {(term[axis.dim], axis.outer, axis.inner) for term, axis in axes}
+    if len(found) != 1:
+        return None
+    letter, outer, inner = found.pop()
+    if out.count(letter) != 1 or any(term.count(letter) > 1 for term in terms):
+        return None
+    for x, term in own:
+        if letter in term:
+            call.meets(Axis(term.index(letter), outer, inner), None, [x])
+    return Axis(out.index(letter), outer, inner)
+
+
 def _product(call: Call) -> Axis | None:
-    """Matrix products: the batch is no axis that is summed over, and meets itself if both have it."""
-    a, b = (
-        call.argument(place, name) for place, name in ((0, "input"), (1, "other" if len(call.args) > 1 else "mat2"))
-    )
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return None
-    one, two = call.status(a), call.status(b)
-    places = []
-    if isinstance(one, Axis):
-        place = one.dim - a.ndim
-        if place == -1 or (isinstance(two, Axis) and place == -2):
-            return None
-        places.append((place + (b.ndim == 1), one.outer, one.inner))
-    if isinstance(two, Axis):
-        place = two.dim - b.ndim
-        if place == (-2 if b.ndim > 1 else -1) or (isinstance(one, Axis) and place == -1):
-            return None
-        places.append((place + (a.ndim == 1 and place < -1), two.outer, two.inner))
-    if len(set(places)) != 1:
-        return None
-    place, outer, inner = places[0]
-    dim = call.output.ndim + place
-    fits = dim >= 0 and call.output.shape[dim] == outer * call.batch * inner
-    if fits and place < -2:
-        call.meets(Axis(dim, outer, inner), place)
-    return Axis(dim, outer, inner) if fits else None
+    """Matrix products."""
+    a, b = call.argument(0, "input"), call.argument(1, "other" if len(call.args) > 1 else "mat2")
+    *terms, out = product_terms(a.ndim, b.ndim)
+    return _lettered(call, (a, b), terms, out)
 
 
 def _added_product(call: Call) -> Axis | None:
-    """Input + a batched product, whose batch axes meet."""
+    """Input + a product, whose batch axes meet."""
     addend, pair = call.args[0], (call.argument(1, "batch1"), call.argument(2, "batch2"))
     found = _product(call._replace(args=pair, kwargs={}))
     if found is None:
@@ -672,39 +591,19 @@ def _added_product(call: Call) -> Axis | None:
 
 
 def _einsum(call: Call) -> Axis | None:
-    """The batch's letter is the same in all operands, and in the result."""
+    """What an equation without an ellipsis says."""
     equation, operands = call.args[0], call.args[1:]
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
     if not isinstance(equation, str) or "." in equation or "->" not in equation:
         return None
     left, right = equation.replace(" ", "").split("->")
-    found = {
-        (term[status.dim], status.outer, status.inner)
-        for term, tensor in zip(left.split(","), operands, strict=True)
-        if isinstance(status := call.status(tensor), Axis)
-    }
-    if len(found) != 1:
-        return None
-    letter, outer, inner = found.pop()
-    once = right.count(letter) == 1 and all(term.count(letter) <= 1 for term in left.split(","))
-    if not once:
-        return None
-    for term, tensor in zip(left.split(","), operands, strict=True):
-        if letter in term:
-            call.meets(Axis(term.index(letter), outer, inner), None, [tensor])
-    return Axis(right.index(letter), outer, inner)
+    return _lettered(call, operands, left.split(","), right)
 
 
 def _attention(call: Call) -> Axis | None:
     """Attention within each entry of the leading axes; a mask that is learned has them too, or is the same for all."""
-    places = {(axis.dim - tensor.ndim, axis.outer, axis.inner) for tensor, axis in call.tagged}
-    if len(places) != 1:
-        return None
-    place, outer, inner = places.pop()
-    if place > -3:
-        return None
-    call.meets(Axis(call.output.ndim + place, outer, inner), place)
-    return Axis(call.output.ndim + place, outer, inner)
+    found = _elementwise(call)
+    return found if found is not None and found.dim < call.output.ndim - 2 else None
 
 
 def _recurrent(call: Call) -> Axis | None:
@@ -743,51 +642,43 @@ _ELEMENTWISE = """
     floordiv mod clone detach contiguous to float double half bfloat16 int long bool type type_as alias
     requires_grad_ cuda cpu
 """
+_WINDOWS = """
+    conv{0}d conv_transpose{0}d max_pool{0}d avg_pool{0}d lp_pool{0}d adaptive_avg_pool{0}d adaptive_max_pool{0}d
+"""
 _MORE: tuple[tuple[str, Becomes], ...] = (
-    ("conv1d conv_transpose1d", _first(3)),
-    ("conv2d conv_transpose2d pixel_shuffle pixel_unshuffle", _first(4)),
-    ("conv3d conv_transpose3d", _first(5)),
-    ("max_pool1d avg_pool1d lp_pool1d adaptive_avg_pool1d adaptive_max_pool1d", _first(3)),
-    ("max_pool2d avg_pool2d lp_pool2d adaptive_avg_pool2d adaptive_max_pool2d", _first(4)),
-    ("max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d", _first(5)),
-    ("group_norm instance_norm local_response_norm interpolate channel_shuffle", _first(2, 3, 4, 5)),
-    ("batch_norm", _batch_norm),
-    ("linear", _last(1)),
-    ("layer_norm rms_norm", _last(0)),
-    ("addmm", _addmm),
-    ("embedding one_hot", _embedding),
-    ("glu sort argsort", _along(1, "dim", -1)),
-    ("softmax log_softmax softmin cumsum cumprod logcumsumexp narrow index_select", _along(1, "dim", None)),
-    ("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split", _along(2, "dim", 0)),
-    ("normalize", _along(2, "dim", 1)),
-    ("topk", _along(2, "dim", -1)),
+    *((_WINDOWS.format(n), _behind_first(n + 2)) for n in (1, 2, 3)),
+    ("pixel_shuffle pixel_unshuffle", _behind_first(4)),
+    ("group_norm instance_norm local_response_norm interpolate channel_shuffle", _behind_first(2, 3, 4, 5)),
+    ("batch_norm", _along(lambda call, _: None if call.argument(5, "training", False) else (1,))),
+    ("linear", _along(lambda _, x: (x.ndim - 1,))),
+    ("layer_norm rms_norm", _along(lambda call, x: range(x.ndim - len(call.argument(1, "normalized_shape")), x.ndim))),
+    ("addmm baddbmm", _added_product),
+    ("embedding one_hot", _along(lambda *_: ())),
+    ("glu sort argsort", _said(1, "dim", -1)),
+    ("softmax log_softmax softmin cumsum cumprod logcumsumexp narrow index_select", _said(1, "dim", None)),
+    ("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split", _said(2, "dim", 0)),
+    ("normalize", _said(2, "dim", 1)),
+    ("topk", _said(2, "dim", -1)),
     ("gather", _gathered),
-    ("take_along_dim", _along(2, "dim", None)),
-    ("roll", _along(2, "dims", None)),
-    ("flip", _flipped),
+    ("take_along_dim", _said(2, "dim", None)),
+    ("roll", _said(2, "dims", None)),
+    ("flip", _along(lambda call, x: _dims(call.args[1:] if call.args[2:] else call.argument(1, "dims"), x.ndim))),
     ("sum mean prod amax amin max min var std logsumexp argmax argmin any all median", _reduced(1)),
     ("norm", _reduced(2)),
     ("view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel", _reshaped),
     ("transpose permute movedim moveaxis swapaxes swapdims t", _permuted),
     ("expand expand_as broadcast_to repeat tile", _expanded),
     ("repeat_interleave", _repeated),
-    ("pad", _padded),
+    ("pad", _along(lambda call, x: range(x.ndim - len(call.argument(1, "pad")) // 2, x.ndim))),
     ("cat concat concatenate", _joined),
-    ("stack", _stacked),
-    ("select unbind", _removed),
+    ("stack", lambda call: _joined(call, new=1)),
+    ("select unbind", _said(1, "dim", 0)),
     ("__getitem__", _indexed),
     ("matmul bmm mm mv __matmul__", _product),
-    ("baddbmm", _added_product),
     ("einsum", _einsum),
     ("scaled_dot_product_attention", _attention),
     ("lstm gru rnn_tanh rnn_relu", _recurrent),
 )
-
-
-_ENTRIES = {
-    _reshaped, _permuted, _expanded, _flipped, _repeated, _padded, _joined, _stacked, _removed, _indexed, _embedding,
-    _gathered,
-}  # fmt: skip
 
 
 def _functions(names: str, *forms: str) -> Iterator[Callable[..., Any]]:
@@ -815,8 +706,11 @@ READS = set(
 )
 """Functions that hand numbers to Python, which may do with them what it likes."""
 
-REARRANGES = {function for function, rule in BECOMES.items() if rule in _ENTRIES} | set(
-    _functions("index_select masked_select take take_along_dim narrow split chunk tensor_split split_with_sizes roll")
+REARRANGES = {f for f, rule in BECOMES.items() if rule in (_reshaped, _permuted, _expanded, _joined, _indexed)} | set(
+    _functions(
+        "repeat_interleave pad flip stack select unbind embedding one_hot gather index_select masked_select take "
+        "take_along_dim narrow split chunk tensor_split split_with_sizes roll"
+    )
 )
 """Functions whose entries are their operands', of which none is computed from several."""
 

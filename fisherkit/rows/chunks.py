@@ -15,24 +15,18 @@ from torch import Tensor
 
 from fisherkit.data import Batch
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors, vectors_of
+from fisherkit.rows.base import RowSelection
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.selection import RowSelection
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of some output vectors of one micro-batch.
+    """Rows of some output vectors of one micro-batch; ``owner`` is the example of each.
 
-    Args:
-        rows: the rows.
-        owner: which example of the micro-batch each row belongs to.
-        regular: whether rows are ordered by example and every example has equally many.
-        first: whether this is the micro-batch's first chunk.
-        counted: examples that this chunk adds to N (all of them in the first chunk).
-        whole: whether every position of every example counts.
-        counted_positions: which positions ``[B, P]`` of the outputs count, then which of the inputs are data, if the
-            batch says so in an attention mask.
-        dropped: for each example or token counted, the output Fisher's trace that the kind left out; first chunk only.
+    ``regular`` if rows are ordered by example and every example has equally many. The ``first`` chunk adds all examples
+    that count to N (``counted``), and the trace that the kind left out of each one's output Fisher (``dropped``).
+    ``counted_positions`` are those ``[B, P]`` of the outputs that count, all if ``whole``; then those of the inputs
+    that are data, if the batch says so in an attention mask.
     """
 
     rows: Rows
@@ -62,16 +56,10 @@ def _counting(mask: Bool[Tensor, "B P"], batch: Batch) -> tuple[Bool[Tensor, "..
 
 @dataclass(frozen=True)
 class Slots:
-    """The output vectors of a micro-batch before any backward pass.
+    """The output vectors of a micro-batch before any backward pass, ``number`` an example.
 
-    Args:
-        found: the kind's vectors.
-        mask: which positions count.
-        flat: whether every position has vectors of its own.
-        number: slots an example.
-        counted: examples (or tokens) that count.
-        whole: whether every position does.
-        dropped: for each that counts, the output Fisher's trace that the kind left out.
+    ``flat`` if every position has vectors of its own. ``counted`` examples (or tokens) count, ``whole`` if every
+    position does; ``dropped`` is, for each that counts, the output Fisher's trace that the kind left out.
     """
 
     found: OutputVectors

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import NonFiniteError, listed
-from fisherkit.rows.base import UnitRows, spans
+from fisherkit.rows.base import StoredRows, UnitRows
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.stored import StoredRows
+from fisherkit.rows.summed import unit_gram
 from fisherkit.space import ParameterSpace
 
 GROUP = 1 << 30
@@ -28,14 +28,7 @@ GROUP = 1 << 30
 
 
 class RowSource(ABC):
-    """R rows over D parameters, wherever they are.
-
-    Args:
-        space: the parameters.
-
-    Attributes:
-        in_memory: whether reading them again costs no pass over data.
-    """
+    """R rows over D parameters, wherever they are; ``in_memory`` if reading them again costs no pass over data."""
 
     in_memory = False
 
@@ -80,11 +73,8 @@ class RowSource(ABC):
 class UnitSlot:
     """One unit's rows and the parameters they are over.
 
-    Args:
-        names: the parameters.
-        rows: the rows.
-        exists: fresh from a batch, which positions ``[B, T]`` of each example outputs depend on, where that was looked
-            at; None where the forward pass shows whose all are.
+    Fresh from a batch, ``exists`` says which positions ``[B, T]`` of each example outputs depend on, where that was
+    looked at; None where the forward pass shows whose all are.
     """
 
     names: tuple[str, ...]
@@ -93,12 +83,7 @@ class UnitSlot:
 
 
 class Rows(RowSource):
-    """Rows that lie in memory.
-
-    Args:
-        space: the parameters.
-        slots: the units, which partition the space's names.
-    """
+    """Rows that lie in memory, of units that partition the space's names."""
 
     in_memory = True
 
@@ -152,7 +137,7 @@ class Rows(RowSource):
     ) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "R S"]]]:
         """The units' summands of J J'ᵀ, each with the names of its parameters; units may be kept in different ways."""
         for mine, theirs in zip(self.slots, other.slots, strict=True):
-            yield mine.names, _unit_gram(mine.rows, theirs.rows, precise)
+            yield mine.names, unit_gram(mine.rows, theirs.rows, precise)
 
     def same_units(self, other: Rows) -> bool:
         """Whether both have the same units in the same order, however they are kept."""
@@ -313,18 +298,49 @@ class Rows(RowSource):
         return sum(slot.rows.nbytes for slot in self.slots)
 
 
+class LargestRows:
+    """The ``most`` rows of largest norm among all that were added, so far ``seen``, in the order in which they came.
+
+    Of rows of equal norm the earlier one is kept, so that it does not matter in which pieces rows come. At most ``2 *
+    most`` rows are held, and those of one piece.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.seen = most, 0
+        self._held: list[Rows] = []
+        self._squares: list[Float[Tensor, "R"]] = []
+        self._dropped: list[Float[Tensor, ""]] = []
+
+    def add(self, rows: Rows) -> None:
+        """More rows, behind those that came before."""
+        self.seen += rows.count
+        self._held.append(rows)
+        self._squares.append(squared_norms(rows))
+        if sum(held.count for held in self._held) > 2 * self.most:
+            self._trim()
+
+    def result(self) -> tuple[Rows, float]:
+        """The rows, and the share of Σ_r ‖row_r‖² (the trace) that the others had; nothing is left to go on from."""
+        if sum(held.count for held in self._held) > self.most:
+            self._trim()
+        kept = torch.cat(self._squares).sum()
+        dropped = torch.stack(self._dropped).sum() if self._dropped else torch.zeros_like(kept)
+        return Rows.taken_from(self._held), float(dropped / (kept + dropped)) if float(dropped) > 0 else 0.0
+
+    def _trim(self) -> None:
+        squares, rows = torch.cat(self._squares), Rows.taken_from(self._held)
+        ranked = squares.argsort(descending=True, stable=True)
+        places = ranked[: self.most].sort().values
+        self._held, self._squares = [rows.reordered(places).compact()], [squares[places]]
+        self._dropped.append(squares[ranked[self.most :]].sum())
+
+
+def squared_norms(rows: Rows) -> Float[Tensor, "R"]:
+    """In float64 of rows in their own dtype, or of float64 ones where that is a half."""
+    wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.double()
+    return wide.weighted_squares(torch.ones(rows.space.size, dtype=wide.dtype, device=rows.device)).double()
+
+
 def _form(slot: UnitSlot) -> tuple[object, ...]:
     options = {key: value for key, value in slot.rows.options().items() if key.split(".")[-1] != "count"}
     return slot.names, slot.rows.form, tuple(options.items())
-
-
-def _unit_gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S"]:
-    """J J'ᵀ of one unit, in float64; rows of another representation are written out a few at a time."""
-    if type(mine) is type(theirs):
-        return mine.gram(theirs, precise)
-    some_at_a_time = (theirs.some(span) for span in spans(theirs.count, 2 * theirs.size))
-    if isinstance(mine, StoredRows):
-        return torch.cat([mine.gram(StoredRows(some.dense()), precise) for some in some_at_a_time], 1)
-    mine = mine.double() if precise else mine
-    columns = ((some.double() if precise else some).dense().mT for some in some_at_a_time)
-    return torch.cat([mine.matmul(own).double() for own in columns], 1)

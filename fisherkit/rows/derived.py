@@ -8,7 +8,7 @@ no hook or checkpoint of the model's pass sees it. Knows no rule and no data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,18 +25,12 @@ SAME, TURNED = "same", "turned"
 
 
 class Derived:
-    """A tensor made of chosen parameters.
+    """A tensor that is made of ``names``, chosen parameters for which ``leaves`` stand.
 
-    Args:
-        names: the parameters.
-        leaves: what stands for them.
-        make: makes the tensor of the leaves.
-        layout: `SAME` if it has its only parameter's entries in their order, `TURNED` if it is that matrix transposed.
-
-    Attributes:
-        lookup: of rows of a table, the rule and the arguments of the function that looked them up.
-        slices: of slices of its only parameter, which one each entry of the leading axes is, and whether the last two
-            axes have changed places.
+    Its ``layout`` is `SAME` if it has its only parameter's entries in their order, `TURNED` if it is that matrix
+    transposed. ``slices`` of its only parameter: which one each entry of the leading axes is, and whether the last two
+    axes have changed places. ``lookup`` of rows of a table: the rule and the arguments of the function that looked them
+    up.
     """
 
     def __init__(
@@ -103,11 +97,7 @@ class Derived:
 
 
 class Derivations:
-    """Which tensors of one forward pass are made of chosen parameters.
-
-    Args:
-        names: ``id`` of each chosen parameter to its name.
-    """
+    """Which tensors of one forward pass are made of chosen parameters, whose ``id`` tells their names."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         self._names = names
@@ -147,18 +137,30 @@ class Derivations:
         *, written: bool = False,
     ) -> None:  # fmt: skip
         """Note the outputs of a function of such tensors and constants; ``written`` if it wrote to the first."""
-        own = self.operands(args, kwargs)
+        given = tensors(args, kwargs)
+        own = self.among(given)
         names = tuple(dict.fromkeys(name for _, made in own for name in made.names))
         kept = Tensor.clone if is_gather(function, args) else _as_it_is
-        recipe = mapped((args, dict(kwargs)), lambda t: self.of(t) or (t.detach() if t.requires_grad else kept(t)))
-        call = functools.cache(lambda: tensors(_called(function, recipe, clone=written)))
+        standing = {id(t): self.of(t) or (t.detach() if t.requires_grad else kept(t)) for t in given}
+
+        def stand_in(tensor: Tensor) -> Tensor:
+            one = standing[id(tensor)]
+            return one.tensor if isinstance(one, Derived) else one
+
+        @functools.cache
+        def call() -> list[Tensor]:
+            leading, named = mapped((args, dict(kwargs)), stand_in)
+            leading = (leading[0].clone(), *leading[1:]) if written else leading
+            return tensors(function(*leading, **named))
+
         if written:
             del self._known[id(output)]
         for place, tensor in enumerate(tensors(output)):
             if tensor.requires_grad and self.of(tensor) is None:
                 layout = _layout(function, args, own, tensor) if isinstance(output, Tensor) else None
                 slices = None if layout else _slices(function, args, kwargs, own, place, tensor)
-                made = Derived(names, self._leaves, functools.partial(_one, call, place), layout, slices)
+                make = functools.partial(lambda place: call()[place], place)
+                made = Derived(names, self._leaves, make, layout, slices)
                 if layout is None and not (slices is not None and is_gather(function, args)):
                     _ = made.tensor  # now, before anything that it is made of may change in place
                 self._known[id(tensor)] = tensor, made
@@ -173,35 +175,6 @@ def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, Mapping):
         return {name: mapped(entry, change) for name, entry in tree.items()}
     return tree
-
-
-def _one(call: Callable[[], list[Tensor]], place: int) -> Tensor:
-    return call()[place]
-
-
-def _called(function: Callable[..., Any], recipe: Any, *, clone: bool) -> Any:
-    args, kwargs = _evaluated(recipe)
-    return function(args[0].clone(), *args[1:], **kwargs) if clone else function(*args, **kwargs)
-
-
-def _evaluated(tree: Any) -> Any:
-    if isinstance(tree, Derived):
-        return tree.tensor
-    if isinstance(tree, (tuple, list)) and any(isinstance(leaf, (Derived, Tensor)) for leaf in _leaves(tree)):
-        return type(tree)(_evaluated(entry) for entry in tree)
-    if isinstance(tree, Mapping):
-        return {name: _evaluated(entry) for name, entry in tree.items()}
-    return tree
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (tuple, list)):
-        for entry in tree:
-            yield from _leaves(entry)
-    elif isinstance(tree, Mapping):
-        yield from _leaves(tuple(tree.values()))
-    else:
-        yield tree
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

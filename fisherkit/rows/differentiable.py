@@ -61,15 +61,9 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
 
 
 def pulled_back(z: Tensor, inputs: Sequence[Any], v: Tensor, *, keep: bool = True) -> tuple[Tensor | None, ...]:
-    """Gradients of Σ v · z; None for inputs that z does not depend on.
+    """Gradients of Σ v · z; None for inputs that z does not depend on. The graph stays if it is to be kept.
 
     Of a number and not of z itself, which would import a computer algebra system to compare two shapes.
-
-    Args:
-        z: outputs with their graph.
-        inputs: tensors or edges of it.
-        v: as large as z.
-        keep: whether the graph is needed again.
     """
     v = v.clone() if v.is_inference() else v  # what inference mode made, a graph does not take
     with torch.enable_grad():  # hooks of a backward pass run without

@@ -166,11 +166,7 @@ class FactoredRows(UnitRows):
         return rows
 
     def chunks(self, *, constant: bool = False) -> Iterator[tuple[slice, Float[Tensor, "n T I1"]]]:
-        """The activations; patches a few examples at a time.
-
-        Args:
-            constant: append the bias's constant input, if there is one.
-        """
+        """The activations, patches a few examples at a time; with ``constant`` the bias's input, if there is one."""
         a, constant = self.activations, constant and self.bias
         if isinstance(a, Tensor):
             yield slice(0, len(a)), torch.nn.functional.pad(a, (0, 1), value=1.0) if constant else a
@@ -236,8 +232,7 @@ class FactoredRows(UnitRows):
     def _owners(self, cost: int) -> Iterator[tuple[slice, Float[Tensor, "n T I"]]]:
         """Spans of rows with the activations of their examples, once for an example where it has rows of its own.
 
-        Args:
-            cost: entries of the largest temporary for one example, or one row where rows are listed one by one.
+        ``cost`` is the entries of the largest temporary for one example, or one row where rows are listed one by one.
         """
         step = max(1, CACHED // max(1, cost))
         units = self.activations.shape[0] if self.each else self.count
@@ -329,8 +324,9 @@ class FactoredRows(UnitRows):
         flat = (weight.transpose(0, 1) if self.transposed else weight).flatten(0, 1)
         return torch.cat([flat, offset]) if self.bias else flat
 
-    def _with(self, gradients: Tensor, example: Tensor | None) -> FactoredRows:
-        return FactoredRows(self.activations, gradients, example, bias=self.bias, transposed=self.transposed)
+    def _with(self, gradients: Tensor, example: Tensor | None, activations: Activations | None = None) -> FactoredRows:
+        a = self.activations if activations is None else activations
+        return FactoredRows(a, gradients, example, bias=self.bias, transposed=self.transposed)
 
     def scaled(self, scale: float) -> FactoredRows:
         """Every row times a number."""
@@ -350,20 +346,16 @@ class FactoredRows(UnitRows):
         few = a[kept] if isinstance(a, Tensor) else a.examples(kept)
         each, rest = divmod(self.count, max(1, len(kept)))
         regular = rest == 0 and torch.equal(self.example, kept.repeat_interleave(each))
-        return FactoredRows(
-            few, self.gradients, None if regular else example, bias=self.bias, transposed=self.transposed
-        )
+        return self._with(self.gradients, None if regular else example, few)
 
     def zeros(self, count: int, examples: int, example: Int[Tensor, "R"] | None, like: Tensor) -> FactoredRows:
         """So many rows of zeros of the unit, in ``like``'s dtype and on its device; ``example`` as in the class."""
         a, g = like.new_zeros(examples, 1, self.inputs), like.new_zeros(count, 1, self.outputs)
-        return FactoredRows(a, g, example, bias=self.bias, transposed=self.transposed)
+        return self._with(g, example, a)
 
     def double(self) -> FactoredRows:
         """The rows in float64."""
-        return FactoredRows(
-            self.activations.double(), self.gradients.double(), self.example, bias=self.bias, transposed=self.transposed
-        )
+        return self._with(self.gradients.double(), self.example, self.activations.double())
 
     @classmethod
     def cat(cls, parts: Sequence[FactoredRows]) -> FactoredRows:
@@ -380,13 +372,8 @@ class FactoredRows(UnitRows):
                 activations.append(part.activations)
             example.append(part._owner() + offset)
         regular = first.each > 0 and all(part.each == first.each for part in parts) and len(activations) == len(parts)
-        return cls(
-            stacked(activations, positions),
-            torch.cat([padded(part.gradients, positions) for part in parts]),
-            None if regular else torch.cat(example),
-            bias=first.bias,
-            transposed=first.transposed,
-        )
+        gradients = torch.cat([padded(part.gradients, positions) for part in parts])
+        return first._with(gradients, None if regular else torch.cat(example), stacked(activations, positions))
 
     def tensors(self) -> dict[str, Tensor]:
         """The two factors and, unless rows are ordered by example, the index."""
@@ -415,10 +402,5 @@ class FactoredRows(UnitRows):
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> FactoredRows:
         """Back from a file."""
-        return cls(
-            tensors["activations"],
-            tensors["gradients"],
-            tensors.get("example"),
-            bias=bool(options["bias"]),
-            transposed=bool(options["transposed"]),
-        )
+        given = (tensors.get(name) for name in ("activations", "gradients", "example"))
+        return cls(*given, **{name: bool(options[name]) for name in ("bias", "transposed")})  # type: ignore[arg-type]

@@ -31,16 +31,9 @@ def generic_rows(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, v: Float[Tensor, "k B ..."],
     *, idle: Collection[str], vectorised: bool, numbers: int,
 ) -> Float[Tensor, "k B d"]:  # fmt: skip
-    """Rows in one of the two ways, some examples at a time.
+    """Rows over the model's own parameters, d entries in all, some examples at a time: by ``torch.func`` or the loop.
 
-    Args:
-        model: the model.
-        parameters: the model's own, d entries in all.
-        batch: B examples.
-        v: k vectors for each example, in the shape of the model's outputs.
-        idle: parameters that no output of the batch depends on.
-        vectorised: by ``torch.func`` instead of the loop.
-        numbers: entries that one example takes on the way, beside its rows.
+    No output depends on ``idle`` ones; ``numbers`` are the entries that one example takes on the way, beside its rows.
     """
     live = {name: p for name, p in parameters.items() if name not in idle}
     own = sum(p.numel() for p in live.values())
@@ -105,16 +98,10 @@ def looped_rows(
     for n in range(batch.size):
         z = batch.take(slice(n, n + 1)).call(model)[0]
         for k, vector in enumerate(v[:, n]):
-            torch.cat([g.flatten() for g in gradients(z, own, vector)], out=rows[k, n])
+            found = pulled_back(z, own, vector) if z.requires_grad else [None] * len(own)
+            flat = [dense_gradient(p, g).flatten() for p, g in zip(own, found, strict=True)]
+            torch.cat(flat, out=rows[k, n])
     return rows
-
-
-def gradients(z: Tensor, parameters: list[Tensor], vector: Tensor) -> list[Tensor]:
-    """Jᵀ v of one example by parameter; zero for those that the outputs do not depend on."""
-    if not z.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
-    found = pulled_back(z, parameters, vector)
-    return [dense_gradient(p, g) for p, g in zip(parameters, found, strict=True)]
 
 
 def dense_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
@@ -179,11 +166,13 @@ def loop_is_cheaper(
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start = now()
+    start = now(device)
     function()
-    return now() - start
+    return now(device) - start
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

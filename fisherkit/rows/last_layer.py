@@ -28,11 +28,10 @@ from fisherkit.outputs import Outputs, OutputVectors
 from fisherkit.rows.base import UnitRows, spans
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.contractions import ContractionRule
 from fisherkit.rows.factored import CACHED, FactoredRows
 from fisherkit.rows.linearized import Linearized
 from fisherkit.rows.plan import Plan
-from fisherkit.rows.rules import LinearRule, Use
+from fisherkit.rows.rules import ContractionRule, LinearRule, Use
 from fisherkit.rows.units import RuledUnit
 from fisherkit.space import ParameterSpace
 
@@ -44,14 +43,7 @@ _RESHAPES = {
 
 
 class LastLayerRows(FactoredRows):
-    """Rows of a batch that are never made: what is asked of single ones fails for want of gradients.
-
-    Args:
-        activations: the layer's inputs, ``[B, P, I]``.
-        z: the outputs ``[B, P, O]``, which are the layer's.
-        bias: whether the unit has a bias behind the weight.
-        transposed: whether the weight is stored ``[I, O]``.
-    """
+    """Rows of a batch ``[B, P, I]`` that are never made: what is asked of single ones fails for want of gradients."""
 
     form = "closed form"
 
@@ -105,13 +97,7 @@ class LastLayerRows(FactoredRows):
 
 
 class WithoutHead(Rows):
-    """Rows of the layers below, with the last layer's closed form in a batch's first chunk.
-
-    Args:
-        space: the parameters.
-        slots: the units.
-        count: how many rows they stand for.
-    """
+    """Rows of the layers below, with the last layer's closed form in a batch's first chunk, in place of ``count``."""
 
     def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot], count: int) -> None:
         super().__init__(space, slots)
@@ -125,13 +111,9 @@ class WithoutHead(Rows):
 
 @dataclass(frozen=True)
 class Head:
-    """A batch at which the model ends in a linear layer of many outputs.
+    """A batch at which the model ends in a linear layer of many outputs, of which ``slot`` is the closed form.
 
-    Args:
-        slot: the layer's closed form.
-        below: the rest of the model, whose outputs are the layer's inputs ``[n, P, I]``.
-        outputs: the model's.
-        weight: ``[O, I]``.
+    ``below`` is the rest of the model, whose outputs are the layer's inputs ``[n, P, I]``.
     """
 
     slot: UnitSlot
@@ -142,29 +124,24 @@ class Head:
     @classmethod
     def of(cls, linearized: Linearized, outputs: Outputs) -> Head | None:
         """Of a batch; None where the outputs are not the layer's, or are used beside."""
-        use = head_use(linearized)
-        if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
+        found = _closed_form(linearized, outputs, only=False)
+        if found is None:
             return None
-        plan, watched = linearized.plan, linearized.watched
+        (use, slot), plan, watched = found, linearized.plan, linearized.watched
         h = use.input.reshape(*outputs.z.shape[:2], -1)
-        a, transposed = use.rule.activations(use)[:].reshape(h.shape), isinstance(use.rule, ContractionRule)
-        rows = LastLayerRows(a, outputs, bias=use.bias is not None, transposed=transposed)
         rest = plan.restricted([name for name in plan.space.names if name not in use.names])
         uses = [one for one in watched.uses if one is not use]
         below = Linearized(rest, linearized.batch, replace(watched, z=h, uses=uses))
         weight = plan.parameters[use.names[0]].detach()
-        return cls(UnitSlot(use.names, rows), below, outputs, weight.mT if transposed else weight)
-
-    def vectors(self) -> OutputVectors:
-        """Columns of a root of Wᵀ H W for every position, ``[n·P, I, 1, I]``."""
-        forms = self.outputs.hessian_forms(self.weight, CACHED)
-        values, basis = torch.linalg.eigh((forms + forms.mT) / 2)
-        root = basis * values.clamp_min(0).sqrt().unsqueeze(1)  # below 0 is rounding
-        return OutputVectors(root.mT.unsqueeze(2))
+        transposed = isinstance(use.rule, ContractionRule)
+        return cls(slot, below, outputs, weight.mT if transposed else weight)
 
     def slots(self, counts: tuple[int, int]) -> Slots:
-        """The vectors, in the place of those of the outputs; ``counts`` as in `Slots.of`."""
-        found, positions = self.vectors(), self.outputs.z.shape[1]
+        """Columns of a root of Wᵀ H W for every position, not the outputs' vectors; ``counts`` as in `Slots.of`."""
+        forms, positions = self.outputs.hessian_forms(self.weight, CACHED), self.outputs.z.shape[1]
+        values, basis = torch.linalg.eigh((forms + forms.mT) / 2)
+        root = basis * values.clamp_min(0).sqrt().unsqueeze(1)  # below 0 is rounding
+        found = OutputVectors(root.mT.unsqueeze(2))  # [n·P, I, 1, I]
         number, several = found.number * positions, positions > 1
         return Slots(found, self.outputs.mask, several, number, counts[0], self.outputs.whole, None)
 
@@ -179,33 +156,16 @@ class Head:
 
 def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:
     """The rows, if all chosen parameters are in a linear layer whose outputs are the model's; None if not."""
-    use = _only_use(linearized)
-    if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
-        return None
-    a = use.rule.activations(use)[:].reshape(*outputs.z.shape[:2], -1)
-    rows = LastLayerRows(a, outputs, bias=use.bias is not None, transposed=isinstance(use.rule, ContractionRule))
-    return Rows(linearized.plan.space, [UnitSlot(linearized.plan.units[0].names, rows)])
+    found = _closed_form(linearized, outputs, only=True)
+    return None if found is None else Rows(linearized.plan.space, [found[1]])
 
 
-def is_last_layer(linearized: Linearized) -> bool:
-    """Whether all chosen parameters are in a linear layer whose outputs are the model's.
+def last_width(linearized: Linearized, *, only: bool) -> int:
+    """Inputs of a last layer whose closed form is known, as `_last_use` finds it; 0 if there is none.
 
     Cost: a backward pass. A gradient that arrives unchanged says what the graph cannot: that no hook changes it.
     """
-    if _only_use(linearized) is None:
-        return False
-    z = linearized.z
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-    found = linearized.watched.backward(v.unsqueeze(0))[0]
-    return found is not None and torch.equal(found.flatten(), v.flatten())
-
-
-def head_width(linearized: Linearized) -> int:
-    """Inputs of a last layer above others; 0 if there is none whose closed form is known.
-
-    Cost: a backward pass, as of `is_last_layer`.
-    """
-    use, z = head_use(linearized), linearized.z
+    use, z = _last_use(linearized, only=only), linearized.z
     if use is None:
         return 0
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
@@ -213,35 +173,37 @@ def head_width(linearized: Linearized) -> int:
     return use.input.shape[-1] if found is not None and torch.equal(found.flatten(), v.flatten()) else 0
 
 
-def head_use(linearized: Linearized) -> Use | None:
-    """The use of a layer whose outputs are z, above others that all have a rule, and in whose dtype all is."""
-    plan, uses = linearized.plan, linearized.watched.uses
-    last = [use for use in uses if use.edge.node is not None and _reshaped(linearized.z, use.edge)]
-    if len(last) != 1 or len(uses) < 2 or plan.generic or sum(last[0].names[0] in use.names for use in uses) != 1:
+def _last_use(linearized: Linearized, *, only: bool) -> Use | None:
+    """The use of a linear layer, as its unit has it, whose outputs are z, if nothing else acts on gradients.
+
+    It is the ``only`` one of chosen parameters, or above others that all have a rule, and in whose dtype all is.
+    """
+    plan, watched, z = linearized.plan, linearized.watched, linearized.z
+    last = [use for use in watched.uses if use.edge.node is not None and _reshaped(z, use.edge)]
+    if len(last) != 1 or plan.generic or linearized.unruled or watched.hooked:
         return None
-    use = _usable(linearized, last[0])
-    alike = use is not None and use.input.dtype == linearized.z.dtype == plan.dtype and use.input.requires_grad
-    return use if alike else None
-
-
-def _only_use(linearized: Linearized) -> Use | None:
-    """The layer's use: the only one of chosen parameters in this batch, with a rule that holds, and z its output."""
-    plan, uses = linearized.plan, linearized.watched.uses
-    if len(plan.units) != 1 or len(plan.ruled) != 1 or len(uses) != 1:
-        return None
-    return _usable(linearized, uses[0]) if _reshaped(linearized.z, uses[0].edge) else None
-
-
-def _usable(linearized: Linearized, use: Use) -> Use | None:
-    """A last use, if it is that of a linear layer as its unit has it, and nothing else acts on gradients."""
-    if linearized.unruled or linearized.watched.hooked:
+    use, count = last[0], len(watched.uses)
+    if (len(plan.units) != 1 or count != 1) if only else count < 2:
         return None
     # Weights that are made of parameters, seen transposed or in another shape, have rows of another form.
-    unit = next((unit for unit in linearized.plan.ruled if unit.names == use.names), None)
-    if type(unit) is not RuledUnit or not use.plain or use.turned or unit.shape is None:
+    unit = next((unit for unit in plan.ruled if unit.names == use.names), None)
+    if type(unit) is not RuledUnit or not use.plain or use.turned or unit.shape is None or use.weight is None:
+        return None
+    if sum(use.names[0] in other.names for other in watched.uses) != 1:
         return None
     linear = type(use.rule) is LinearRule or (isinstance(use.rule, ContractionRule) and use.rule.name == "addmm")
-    return use if linear and use.weight is not None else None
+    alike = only or (use.input.dtype == z.dtype == plan.dtype and use.input.requires_grad)
+    return use if linear and alike else None
+
+
+def _closed_form(linearized: Linearized, outputs: Outputs, *, only: bool) -> tuple[Use, UnitSlot] | None:
+    """The last layer and its rows in a batch; None where the outputs are not the layer's, or are used beside."""
+    use = _last_use(linearized, only=only)
+    if use is None or outputs.z.shape[-1] != use.output_shape[-1] or not _in_order(linearized.z, outputs):
+        return None
+    a = use.rule.activations(use)[:].reshape(*outputs.z.shape[:2], -1)
+    transposed = isinstance(use.rule, ContractionRule)
+    return use, UnitSlot(use.names, LastLayerRows(a, outputs, bias=use.bias is not None, transposed=transposed))
 
 
 def _reshaped(z: Tensor, edge: GradientEdge) -> bool:

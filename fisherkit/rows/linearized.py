@@ -3,42 +3,47 @@
 Only gradients with respect to the layers' outputs are asked for; weight gradients of rule-covered units are never
 formed. Whose each position is, is looked at in every batch; what the rules cannot say of this one goes the slow exact
 way, and `newly_ruled` says so to whoever can start again with a better plan.
+
+Models that nothing vectorises, or that it would slow down, are linearised example by example: one forward pass each,
+whose graph has the layers' outputs and the parameters without a rule alike, so that rows take what a loop written by
+hand takes. Layers' inputs and gradients are put together before anything is made of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError
+from fisherkit.rows.base import RowSelection, StoredRows
+from fisherkit.rows.batch_axis import tensors
 from fisherkit.rows.collection import Rows, UnitSlot
-from fisherkit.rows.differentiable import scales
-from fisherkit.rows.generic import looped_rows, unreached
-from fisherkit.rows.ownership import Arrangement
+from fisherkit.rows.differentiable import pulled_back, scales
+from fisherkit.rows.generic import dense_gradient, looped_rows, unreached
+from fisherkit.rows.ownership import Arrangement, Regular, coarser
 from fisherkit.rows.plan import Plan, forward, propose, tolerance
-from fisherkit.rows.rules import in_dtype
-from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.stored import StoredRows
-from fisherkit.rows.units import RuledUnit, Unit
+from fisherkit.rows.record import DROPOUTS, Recorder
+from fisherkit.rows.rules import ContractionRule, ElementwiseRule, in_dtype
+from fisherkit.rows.units import Pulled, RuledUnit, Unit
 from fisherkit.rows.watched import Watched
 
 
 @dataclass(frozen=True)
 class Known:
-    """Gradients of another backward pass, of which the wanted rows are multiples.
+    """Gradients ``[k, *output]`` of another backward pass at each of the `Watched.edges`, of which rows are multiples.
 
-    Args:
-        gradients: ``[k, *output]`` at each of the `Linearized.edges`; None where nothing depends on an output.
-        scale: by example, what turns them into those of the wanted vectors.
-        multiplied: of the same pass, as `Watched.multiplied` makes them; None to make them from the graph.
+    ``scale`` turns them, by example, into those of the wanted vectors; ``multiplied`` are of the same pass, as
+    `Watched.multiplied` makes them, or None to make them from the graph.
     """
 
     gradients: Sequence[Tensor | None]
@@ -47,17 +52,11 @@ class Known:
 
 
 class Linearized:
-    """The model at one batch.
+    """The model at one batch, with outputs ``z`` ``[B, ...]``.
 
-    Args:
-        plan: how rows are made.
-        batch: the examples.
-        watched: the forward pass.
-        shown: whether its graph has shown that parameters are used as they were when the plan was verified.
-
-    Attributes:
-        unruled: parameters of units whose rule does not hold in this batch.
-        untold: whether some are only there because the graph was let go that would have told.
+    ``shown`` if the graph has shown that parameters are used as they were when the plan was verified. ``unruled`` are
+    parameters of units whose rule does not hold in this batch; ``untold`` if some of them are only there because the
+    graph was let go that would have told.
     """
 
     def __init__(self, plan: Plan, batch: Batch, watched: Watched, *, shown: bool = False) -> None:
@@ -66,21 +65,16 @@ class Linearized:
         known = plan.probed is not None and plan.probed.hooked
         uses, exchanging = [in_dtype(use, dtype) for use in watched.uses], watched.exchanging and not known
         same = exchanging == watched.exchanging and all(a is b for a, b in zip(uses, watched.uses, strict=True))
-        self.watched = watched if same else replace(watched, uses=uses, exchanging=exchanging)
+        self.watched, self.z = watched if same else replace(watched, uses=uses, exchanging=exchanging), watched.z
         self.unruled, self.untold, self._spent = set() if shown else plan.unruled(self.watched), False, False
         self._activations: dict[tuple[str, ...], Any] = {}
         self._arranged: Sequence[Arrangement | None] | None = None
 
     @classmethod
-    def at(cls, plan: Plan, batch: Batch) -> Linearized:
-        """By a forward pass."""
-        return cls(plan, batch, forward(plan, batch))
-
-    @classmethod
     def probe(cls, plan: Plan) -> Linearized:
         """The model at the examples that the plan was verified on, by the pass that did it if that is still there."""
-        watched = plan.probe.watched
-        return cls.at(plan, plan.probe.batch) if watched is None else cls(plan, plan.probe.batch, watched)
+        watched, batch = plan.probe.watched, plan.probe.batch
+        return cls(plan, batch, forward(plan, batch) if watched is None else watched)
 
     def by_owner(self) -> None:
         """Look at which entries outputs depend on, whatever the forward pass shows."""
@@ -93,16 +87,6 @@ class Linearized:
             return self.watched.followed
         with self.plan.quiet():
             return forward(self.plan, self.batch.take(torch.tensor([0, 0]))).followed
-
-    @property
-    def z(self) -> Tensor:
-        """The outputs, ``[B, ...]``."""
-        return self.watched.z
-
-    @property
-    def edges(self) -> list[GradientEdge]:
-        """Where gradients are asked for: the outputs of all uses."""
-        return self.watched.edges
 
     @property
     def newly_ruled(self) -> set[str]:
@@ -138,13 +122,12 @@ class Linearized:
             self._unrule_silent(gradients)
         factor = scale if known is None else known.scale
         factor = None if factor is None else factor.to(dtype).reshape(-1, self.batch.size, 1, 1)
+        pulled = Pulled(
+            self.watched.uses, gradients, arrangements, own.to(dtype), selection, factor, self._activations
+        )  # fmt: skip
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
-            made = None
-            if not self.unruled.intersection(unit.names):
-                made = unit.made(
-                    self.watched.uses, gradients, arrangements, own.to(dtype), selection, self._activations, factor
-                )  # fmt: skip
+            made = None if self.unruled.intersection(unit.names) else unit.made(pulled)
             if made is None:
                 self.unruled.update(unit.names)
             else:
@@ -195,27 +178,24 @@ class Linearized:
             with plan.quiet():
                 gradients = self.watched.backward(v.unsqueeze(0))
                 arrangements = self.watched.arrangements_by(v, [None if g is None else g[0] for g in gradients])
+                selection, wide = RowSelection(1, self.batch.size, v.device), v.to(plan.dtype).unsqueeze(0)
+                pulled = Pulled(self.watched.uses, gradients, arrangements, wide, selection)
                 for unit in propose(plan, self.watched, [name for name in plan.space.names if name in newly_ruled]):
-                    units.append(self._adopted(unit, gradients, arrangements, v))
+                    units.append(self._adopted(unit, pulled, v))
         plan = replace(plan, vectorised=plan.vectorised and not names, unused=plan.unused - newly_ruled)
         return plan.with_units(unit.copied() for unit in units)
 
-    def _adopted(
-        self, unit: Unit, gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None], v: Tensor
-    ) -> Unit:
-        if isinstance(unit, RuledUnit):
-            dtype, uses = self.plan.dtype, self.watched.uses
-            selection = RowSelection(1, self.batch.size, v.device)
-            made = unit.made(uses, gradients, arrangements, v.to(dtype).unsqueeze(0), selection)
-            own = torch.autograd.grad(
-                self.z, [self.plan.parameters[name] for name in unit.names], v, retain_graph=True
-            )  # fmt: skip
-            expected = torch.cat([g.flatten() for g in own]).to(dtype)
-            if made is not None and made.rows.size == len(expected):
-                total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
-                if bool((total - expected).norm() <= self._tolerance(dtype) * expected.norm()):
-                    weight = self.plan.parameters[unit.names[0]].shape
-                    return unit.confirmed(uses, arrangements, made.rows, weight)
+    def _adopted(self, unit: Unit, pulled: Pulled, v: Float[Tensor, "B ..."]) -> Unit:
+        """The unit, if the sum of its rows is the gradient that autograd finds; without a rule if not."""
+        made = unit.made(pulled) if isinstance(unit, RuledUnit) else None
+        parameters = [self.plan.parameters[name] for name in unit.names]
+        if isinstance(unit, RuledUnit) and made is not None:
+            own = torch.autograd.grad(self.z, parameters, v, retain_graph=True)
+            expected = torch.cat([g.flatten() for g in own]).to(pulled.v.dtype)
+            total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
+            allowed = self._tolerance(expected.dtype) * expected.norm()
+            if total.shape == expected.shape and bool((total - expected).norm() <= allowed):
+                return unit.confirmed(pulled, made.rows, parameters[0].shape)
         return Unit(unit.names, f"autograd does not confirm a rule for {unit.names[0]}", unit.numbers)
 
     def _arrangements(
@@ -301,7 +281,7 @@ class Linearized:
 
     def _batched_agrees(self) -> bool:
         """Tried with two, checked with one."""
-        edges = self.edges
+        edges = self.watched.edges
         if not edges:
             return True
         last = torch.randn(self.z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.z)
@@ -332,3 +312,215 @@ class Linearized:
             return self.plan.generic_rows(self.batch, v, self.z)
         except RuntimeError:  # a kernel that fails for so many, or a branch of the model; the loop takes both
             return replace(self.plan, vectorised=False).generic_rows(self.batch, v, self.z)
+
+
+MOST = 32
+"""Examples whose graphs are held at once: what each group costs beside its passes no longer counts."""
+
+
+class OneByOne:
+    """The model at one batch, as `Linearized`; to ``follow`` if it will be asked whether the passes are `followed`."""
+
+    def __init__(self, plan: Plan, batch: Batch, *, follow: bool = False) -> None:
+        watched = _by_example(plan, batch, follow)
+        groups = [list(group) for _, group in itertools.groupby(range(batch.size), key=lambda n: _form(watched[n]))]
+        self.parts = [
+            _Alike(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g]) for g in groups
+        ]  # fmt: skip
+        self.z = torch.cat([part.z for part in self.parts])
+
+    @property
+    def numbers_per_vector(self) -> int:
+        """What a backward pass of one output vector an example must hold."""
+        return sum(part.numbers_per_vector for part in self.parts)
+
+    @property
+    def newly_ruled(self) -> set[str]:
+        """Parameters without a rule that this batch uses under one."""
+        return set().union(*(part.newly_ruled for part in self.parts))
+
+    @property
+    def followed(self) -> bool:
+        """Whether forward passes show whose all entries are, or would of two examples."""
+        return all(part.followed for part in self.parts)
+
+    def by_owner(self) -> None:
+        """Look at which entries outputs depend on, whatever the forward passes show."""
+        for part in self.parts:
+            part.by_owner()
+
+    @property
+    def unruled(self) -> set[str]:
+        """Parameters of units whose rule does not hold in this batch."""
+        return set().union(*(part.unruled for part in self.parts))
+
+    def replanned(self) -> Plan:
+        """A plan that knows what the first example has shown that shows something."""
+        return next(part for part in self.parts if part.newly_ruled or part.unruled).replanned()
+
+    def rows(
+        self, v: Float[Tensor, "k B ..."], selection: RowSelection, *, alone: bool = False,
+        counting: Float[Tensor, "B ..."] | None = None, last: bool = False,
+    ) -> Rows:  # fmt: skip
+        """As of `Linearized`, by example and then by vector; ``alone`` and ``last`` are of no consequence here."""
+        sizes = [part.batch.size for part in self.parts]
+        keeps = [None] * len(sizes) if selection.keep is None else list(selection.keep.split(sizes))
+        counts = [None] * len(sizes) if counting is None else list(counting.split(sizes))
+        found = [
+            part.rows(own, RowSelection(selection.vectors, size, selection.device, keep), counting=counted)
+            for part, own, size, keep, counted in zip(self.parts, v.split(sizes, 1), sizes, keeps, counts, strict=True)
+        ]
+        if len(found) == 1:
+            return found[0]
+        whole = Rows.cat(found)
+        exist = [[slot.exists for slot in slots] for slots in zip(*(part.slots for part in found), strict=True)]
+        slots = [replace(slot, exists=_stacked(own)) for slot, own in zip(whole.slots, exist, strict=True)]
+        return Rows(whole.space, slots)
+
+
+def _stacked(parts: Sequence[Bool[Tensor, "b t"] | None]) -> Bool[Tensor, "B T"] | None:
+    """Of examples with different numbers of positions, which those that have fewer lack."""
+    known = [part for part in parts if part is not None]
+    most = max((part.shape[1] for part in known), default=0)
+    return torch.cat([F.pad(part, (0, most - part.shape[1])) for part in known]) if len(known) == len(parts) else None
+
+
+class _Alike(Linearized):
+    """Neighbouring examples whose passes, one an example, use parameters in the same way."""
+
+    def __init__(self, plan: Plan, batch: Batch, passes: Sequence[Watched]) -> None:
+        super().__init__(plan, batch, _together(passes))
+        self.passes = passes
+
+    def replanned(self) -> Plan:
+        found = Linearized(self.plan, self.batch.take(slice(0, 1)), self.passes[0])
+        found.unruled.update(self.unruled)
+        return found.replanned()
+
+    @property
+    def followed(self) -> bool:
+        """As of `Linearized`, of every example by itself."""
+        ones = (Linearized(self.plan, self.batch.take(slice(n, n + 1)), one) for n, one in enumerate(self.passes))
+        return all(one.followed for one in ones)
+
+    def _arrangements(
+        self, v: Float[Tensor, "k B ..."], gradients: Sequence[Tensor | None], known: Known | None,
+        counting: Float[Tensor, "B ..."] | None, *, alone: bool,
+    ) -> Sequence[Arrangement | None]:  # fmt: skip
+        if self._arranged is None:
+            size, uses = self.batch.size, self.watched.uses
+            entries = [use.lead.numel() for use in uses]
+            alive: list[Tensor | None] = [None] * len(uses)
+            if self.watched.by_owner:
+                found, _ = self._back(self._drawn(counting).unsqueeze(0))
+                alive = [
+                    torch.zeros(n, dtype=torch.bool, device=self.z.device)
+                    if g is None
+                    else g.reshape(n, -1).ne(0).any(1)
+                    for g, n in zip(found, entries, strict=True)
+                ]
+            self._arranged = [Regular(size, n // size, one) for n, one in zip(entries, alive, strict=True)]
+        return self._arranged
+
+    def _reached(self, parameters: dict[str, Tensor]) -> set[str]:
+        return set().union(*(set(parameters) - unreached(one.z, parameters) for one in self.passes))
+
+    def _back(self, v: Float[Tensor, "k B ..."]) -> tuple[Sequence[Tensor | None], Float[Tensor, "k B d"]]:
+        generic = [self.plan.parameters[name] for unit in self.plan.generic for name in unit.names]
+        rows = v.new_empty(*v.shape[:2], sum(p.numel() for p in generic), dtype=self.plan.example_parameter.dtype)
+        arrived: list[list[tuple[Tensor | None, ...]]] = []
+        for k, n in itertools.product(range(len(v)), range(len(self.passes))):
+            one = self.passes[n]
+            found = pulled_back(one.z, [*one.edges, *generic], v[k, n : n + 1])
+            own = [dense_gradient(p, g).flatten() for p, g in zip(generic, found[len(one.uses) :], strict=True)]
+            torch.cat(own, out=rows[k, n])
+            arrived += [[]] if n == 0 else []
+            arrived[k].append(found[: len(one.uses)])
+        return [self._gathered(i, [[row[i] for row in rows] for rows in arrived]) for i in range(len(one.uses))], rows
+
+    def _gathered(self, place: int, found: Sequence[Sequence[Tensor | None]]) -> Tensor | None:
+        """A use's gradients ``[k, *output]``."""
+        like = next((g for row in found for g in row if g is not None), None)
+        if like is None:
+            return None
+        whole = [torch.cat([torch.zeros_like(like) if g is None else g for g in row]) for row in found]
+        return whole[0].unsqueeze(0) if len(whole) == 1 else torch.stack(whole)
+
+
+class _SeenOnce(Recorder):
+    """A recorder of an example by itself, for a plan whose rules ask nothing of what has no parameter.
+
+    Whose a position is, is no question then: functions that are given no parameter under a rule run as they are, until
+    something is made of one that was not verified.
+    """
+
+    def __init__(self, names: Mapping[int, str], coarsest: torch.dtype) -> None:
+        super().__init__(names, 1)
+        self.coarsest, self._all = coarsest, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not (self._all or func in _LOOKED_AT or self._given(args) or (kwargs and self._given(kwargs.values()))):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        seen = len(self.uses)
+        output = super().__torch_function__(func, types, args, kwargs)
+        if len(self.uses) == seen and any(made.requires_grad for made in tensors(output)):
+            self._all = True
+        return output
+
+    def _given(self, arguments: Iterable[Any]) -> bool:
+        """Whether one of the parameters is among the arguments of a function; called for every one, so no more."""
+        names = self.names
+        for one in arguments:
+            if id(one) in names:
+                return True
+            if type(one) in _SEQUENCES:
+                for part in one:
+                    if id(part) in names:
+                        return True
+        return False
+
+
+_SEQUENCES = (list, tuple)
+_LOOKED_AT = {*DROPOUTS, F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+
+def _by_example(plan: Plan, batch: Batch, follow: bool) -> list[Watched]:
+    """A forward pass of each example; of all functions, if it is to be followed."""
+    examples = [batch.take(slice(n, n + 1)) for n in range(batch.size)]
+    asking = ElementwiseRule, ContractionRule
+    if (
+        follow
+        or plan.shared
+        or any(type(unit) is not RuledUnit or unit.form or isinstance(unit.rule, asking) for unit in plan.ruled)
+    ):
+        return [forward(plan, one) for one in examples]
+    wanted = {name for unit in plan.units if isinstance(unit, RuledUnit) or unit.without_use for name in unit.names}
+    names = {id(plan.parameters[name]): name for name in wanted}
+    return [Watched.of(plan.model, _SeenOnce(names, plan.coarsest), one.fresh()) for one in examples]
+
+
+def _form(watched: Watched) -> tuple[Any, ...]:
+    """What two examples must agree in to be put together."""
+    uses = ((use.rule, *use.sources, use.turned, use.output_shape, use.input.shape) for use in watched.uses)
+    first = all(use.lead[:1] == use.input.shape[:1] != () and use.slices is None for use in watched.uses)
+    return *uses, watched.outside_rules, watched.random, None if first else id(watched)
+
+
+def _together(passes: Sequence[Watched]) -> Watched:
+    """Passes of one form as one pass without a graph: entries of an example are neighbours."""
+    if len(passes) == 1:
+        return replace(passes[0], z=passes[0].z.detach())
+    first, size = passes[0], len(passes)
+    uses = [
+        replace(
+            same[0],
+            arguments={**same[0].arguments, same[0].rule.input_name: torch.cat([use.input.detach() for use in same])},
+            output_shape=(size * same[0].output_shape[0], *same[0].output_shape[1:]),
+        )
+        for same in zip(*(one.uses for one in passes), strict=True)
+    ]
+    z = torch.cat([one.z.detach() for one in passes])
+    coarsest = functools.reduce(coarser, (one.coarsest for one in passes))
+    return replace(first, batch=size, z=z, uses=uses, coarsest=coarsest, proven=True)

@@ -34,13 +34,10 @@ SPREAD = 4
 
 @dataclass(frozen=True)
 class Regular:
-    """Entries that lie as ``outer × batch × inner``.
+    """Entries that lie as ``outer × batch × inner``: so many neighbouring ones of an example.
 
-    Args:
-        batch: B.
-        inner: neighbouring entries of one example.
-        alive: which entries the outputs depend on, where that was looked at; None where the forward pass says whose
-            they are.
+    Outputs depend on those that are ``alive``, where that was looked at; None where the forward pass says whose they
+    are.
     """
 
     batch: int
@@ -72,24 +69,16 @@ class Regular:
     def described(self, lead: torch.Size) -> str:
         """Where the batch lies, for `coverage`."""
         if len(lead) == 1:
-            inner = lead[0] // self.batch
-            return "batch first" if lead[0] == self.batch else f"flattened, {self._major(inner)} major"
+            major = "batch" if self.inner == lead[0] // self.batch else "position"
+            return "batch first" if lead[0] == self.batch else f"flattened, {major} major"
         places = [i for i, size in enumerate(lead) if size == self.batch and lead[i + 1 :].numel() == self.inner]
         names = ("batch first", "batch second")
         return next((names[i] for i in places if i < len(names)), "batch inside")
 
-    def _major(self, inner: int) -> str:
-        return "batch" if self.inner == inner else "position"
-
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """Entries with an owner each.
-
-    Args:
-        owner: the example of each entry, -1 of entries that nothing depends on.
-        batch: B.
-    """
+    """Entries with an owner each: an example, or -1 where nothing depends on an entry."""
 
     owner: Int[Tensor, "E"]
     batch: int
@@ -136,14 +125,11 @@ def codes(batch: int, like: Tensor) -> Float[Tensor, "q B"]:
     """
     base = 2 * LEVELS.get(like.dtype, 8)
     digits = max(1, math.ceil(math.log(batch, base))) if batch > 1 else 1
-    names = torch.randperm(base**digits if base**digits <= 1 << 16 else batch, generator=_generator())[:batch]
+    generator = torch.Generator().manual_seed(0)
+    names = torch.randperm(base**digits if base**digits <= 1 << 16 else batch, generator=generator)[:batch]
     digit = torch.stack([names // base**q % base for q in range(digits)])
     size = 2.0 ** (digit // 2 * (4 * SPREAD / base) - SPREAD)  # powers of two, exact, where the dtype has few digits
     return torch.where(digit % 2 == 0, size, -size).to(like)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
@@ -157,11 +143,8 @@ def owners(
 ) -> Int[Tensor, "E"] | None:  # fmt: skip
     """The example that each entry belongs to, -1 for entries without a gradient; None if one belongs to several.
 
-    Args:
-        gradient: of some output vectors.
-        multiplied: of the same times each row of numbers.
-        numbers: as `codes` makes them, one for each example and pass.
-        coarsest: dtype that the gradients went through, if it rounds more than their own.
+    By gradients of some vectors, and of these times each row of ``numbers`` (`codes`); ``coarsest`` is a dtype that
+    they went through, if it rounds more than their own.
     """
     dtype = coarser(gradient.dtype, coarsest)
     tolerance, floor = RATIO.get(dtype, 5e-2), FLOOR.get(dtype, 1e-2)
@@ -183,26 +166,18 @@ def owners(
 
 def _nearest(keys: Float[Tensor, "q B"], found: Float[Tensor, "q E"]) -> Int[Tensor, "E"]:
     """The example whose keys are nearest."""
-    if len(keys) > 1:
-        # Several digits: each is rounded to the nearest that there is, then they are looked up together.
-        levels = [torch.unique(row) for row in keys]
-        rounded = [_rounded(level, row) for level, row in zip(levels, found, strict=True)]
-        own = [torch.searchsorted(level, row) for level, row in zip(levels, keys, strict=True)]
-        base = max(len(level) for level in levels)
-        index = sum(digit * base**q for q, digit in enumerate(rounded))
-        names = sum(digit * base**q for q, digit in enumerate(own))
-        return _lookup(torch.as_tensor(names), torch.as_tensor(index))
-    return _lookup(keys[0], found[0])
+    # Each digit is rounded to the nearest that there is, then all are looked up together.
+    names, index = torch.zeros_like(keys[0]), torch.zeros_like(found[0])
+    for key, value in zip(keys, found, strict=True):
+        level = torch.unique(key)
+        names = names * len(level) + torch.searchsorted(level, key)
+        index = index * len(level) + _rounded(level, value)
+    order = torch.argsort(names)
+    return order[_rounded(names[order], index)]
 
 
 def _rounded(level: Float[Tensor, "L"], values: Float[Tensor, "E"]) -> Int[Tensor, "E"]:
-    middle = (level[1:] + level[:-1]) / 2
-    return torch.bucketize(values, middle)
-
-
-def _lookup(names: Tensor, values: Tensor) -> Int[Tensor, "E"]:
-    order = torch.argsort(names)
-    return order[_rounded(names[order].double(), values.double())]
+    return torch.bucketize(values, (level[1:] + level[:-1]) / 2)
 
 
 def arrangement(owner: Int[Tensor, "E"], lead: torch.Size, batch: int) -> Arrangement:

@@ -21,13 +21,8 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 class Patches:
     """The windows of a padded input, ``[N, T, I]``: T output positions, I = channels × kernel, channels first.
 
-    Args:
-        x: ``[N · group, channels, *sizes]``.
-        kernel: its sizes.
-        stride: for each axis.
-        dilation: for each axis.
-        padding: zeros before and after each axis; negative to crop.
-        group: neighbouring inputs that are one example, as views of an image are; their windows follow one another.
+    ``padding`` is zeros before and after each axis, negative to crop. Of ``x`` ``[N · group, channels, *sizes]``, as
+    many neighbours as ``group`` says are one example, as views of an image are; their windows follow one another.
     """
 
     x: Float[Tensor, "N c ..."]
@@ -59,10 +54,7 @@ class Patches:
         return self.take(index, constant=False)
 
     def take(self, index: slice | Int[Tensor, "n"], *, constant: bool) -> Float[Tensor, "n T I1"]:
-        """The same, with a bias's constant input of 1 appended if asked.
-
-        Windows lie along the last axis of memory, where runs of pixels are copied whole.
-        """
+        """The same, with a bias's constant input of 1 appended if asked; windows lie along the last axis of memory."""
         x = self.x[index] if self.group == 1 else self.x.unflatten(0, (-1, self.group))[index].flatten(0, 1)
         if any(pair != (0, 0) for pair in self.padding):
             x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])

@@ -22,17 +22,15 @@ from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Batch, check_finite
 from fisherkit.errors import ModelError, NonFiniteError, listed
 from fisherkit.randomness import Draws, rng_places, untouched_rng
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import RowSelection, UnitRows
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient, generic_rows, kept_numbers, loop_is_cheaper, recurrent, unreached
-from fisherkit.rows.hidden import refuse_hidden
-from fisherkit.rows.ownership import Arrangement, coarser, codes
+from fisherkit.rows.ownership import coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
-from fisherkit.rows.selection import RowSelection
-from fisherkit.rows.units import DerivedUnit, Form, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
-from fisherkit.rows.watched import Watched
+from fisherkit.rows.units import DerivedUnit, Pulled, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
+from fisherkit.rows.watched import Watched, refuse_hidden
 from fisherkit.space import ParameterSpace
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -46,37 +44,23 @@ LARGE = 1 << 20
 class Probe:
     """The examples that a plan is verified on, and their forward pass, which all that is found out on them shares.
 
-    Args:
-        batch: two examples, or the one that a model takes alone; without a pass, a batch that begins with them.
-        watched: their forward pass, with its graph; dropped when rows of the data are made. None of a plan that is
-            known from before and has yet to be confirmed, by the first pass over the data.
-        alone: whether the model takes one example at a time.
-        alike: whether their outputs have been compared with those in other company.
-
-    Attributes:
-        hooked: as of the forward pass.
-        assumed: whether nothing has confirmed the plan yet.
+    Of a plan that is known from before and has yet to be confirmed, by the first pass over the data, there is no pass
+    (``assumed``), and ``batch`` only begins with them. ``watched`` has the graph, and is dropped when rows of the data
+    are made; ``hooked`` and the outputs ``z`` stay. ``alike`` if these were compared with those in other company.
     """
 
     def __init__(
         self, batch: Batch, watched: Watched | None, alone: bool = False, *, alike: bool = False
     ) -> None:  # fmt: skip
         self._first, self.watched, self._alone, self.alike = batch, watched, alone, alike
-        self._z = None if watched is None else watched.z.detach()
         self.hooked, self.assumed = watched is not None and watched.hooked, watched is None
+        if watched is not None:
+            self.batch, self.z = batch, watched.z.detach()
 
     @cached_property
     def batch(self) -> Batch:
         """The two examples."""
-        first = self._first
-        return first if self._z is not None else first.take(two_of(first, self._alone))
-
-    @property
-    def z(self) -> Tensor:
-        """Their outputs."""
-        if self._z is None:
-            raise LookupError("a plan that nothing has confirmed")
-        return self._z
+        return self._first.take(two_of(self._first, self._alone))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +78,7 @@ class Findings:
         calls: what its uses on two examples were given, to be compared; None before it is kept.
         custom: names of the autograd functions written in Python in their graph, which may forbid what was tried.
         draws: whether a pass draws random numbers, of which no output was seen to depend.
-        tried: a cache, which all that have these findings share, of what is found out when it is first needed:
-            "batched", whether several output vectors can go through one vectorised backward pass; "matrix-free",
-            whether products need no rows; "last layer"; "not shown", that a graph does not tell whether a plan holds;
-            "silent", that some layer's outputs are of no consequence in some batch; which batches were compared with
-            others; by link, whether outputs are known to be no probabilities; and by kind and likelihood, how many
-            vectors an example has.
+        tried: a cache, which all that have these findings share, of what is found out when it is first needed.
     """
 
     units: tuple[Unit, ...] = ()
@@ -119,13 +98,8 @@ class Findings:
 class Plan(Findings):
     """How the rows of a model are made.
 
-    Args:
-        model: the model.
-        space: the chosen parameters.
-        parameters: the same by name.
-        versions: how often each had been written to.
-        key: what the findings are kept under (`rows.verified`); None before.
-        probed: the examples that it was verified on; None while it is being made.
+    ``versions`` is how often each parameter had been written to, ``key`` what the findings are kept under
+    (`rows.verified`), and ``probed`` the examples that it was verified on; both None before.
     """
 
     model: nn.Module
@@ -265,13 +239,9 @@ class Plan(Findings):
 
 
 def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: bool = False) -> Plan:
-    """Probe the model on two examples and verify every rule.
+    """Probe the model on the first two examples of a batch (one is used twice), on its device, and verify every rule.
 
-    Args:
-        model: the model, in a deterministic mode.
-        space: the chosen parameters.
-        batch: a first batch on the model's device; its first two examples are used (one is used twice).
-        alone: the batch has one example, and the model takes one at a time: it is used once.
+    With ``alone``, of a model that takes one example at a time, one is used once.
 
     Raises:
         ModelError: dropout or batch statistics in train mode, or examples of a batch that influence each other.
@@ -291,7 +261,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         watched, random = probed(plan, probe)
         z, plan = watched.z, replace(plan, coarsest=watched.coarsest, draws=random)
         _check_outputs(z, probe.place)
-        kept, numbers = _refuse_interaction(model, batch, z, _tolerance(z.dtype, plan))
+        kept, numbers = _refuse_interaction(model, batch, z, tolerance(z.dtype, plan.coarsest))
         if random:
             _refuse_chance(plan, probe, z)
         v = torch.randn(1, *z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
@@ -350,11 +320,10 @@ def _units(
     gradients, *multiplied = (_combined(at_uses, row) for row in (torch.ones_like(numbers[0]), *numbers))
     arrangements = watched.arrangements(gradients, [] if watched.regular else multiplied)
     stacked = [None if g is None else g.unsqueeze(0) for g in gradients]
-    units = [
-        one
-        for unit in propose(plan, watched, plan.space.names)
-        for one in _verified(plan, unit, watched, stacked, arrangements, v, reference)
-    ]
+    uses, selection = [in_dtype(use, plan.dtype) for use in watched.uses], RowSelection(1, v.shape[1], v.device)
+    pulled = Pulled(uses, stacked, arrangements, v.to(plan.dtype), selection)
+    proposed = propose(plan, watched, plan.space.names)
+    units = [one for unit in proposed for one in _verified(plan, unit, pulled, reference)]
     confirmed = {name for unit in units if isinstance(unit, RuledUnit) for name in unit.names}
     # What is written to in place, as by an activation, has no gradient to look at.
     unclear = [
@@ -399,13 +368,7 @@ def forward(plan: Plan, batch: Batch, *, positions: bool = False) -> Watched:
 
 
 class _Reference:
-    """Autograd's own gradients of each of the probe's examples.
-
-    Attributes:
-        at_uses: at the uses of parameters.
-        rows: at the parameters.
-        unreached: names of the parameters that no output depends on.
-    """
+    """Autograd's gradients of each of the probe's examples, at the uses and the parameters, and what is unreached."""
 
     def __init__(self, plan: Plan, probe: Batch, watched: Watched, v: Tensor) -> None:
         own, uses = list(plan.parameters.values()), len(watched.uses)
@@ -432,7 +395,7 @@ class _Reference:
                 try_="look for √, log or division at 0 in the model",
             )
         self.scale = self.norms.norm()
-        self.tolerance = _tolerance(plan.example_parameter.dtype, plan)
+        self.tolerance = tolerance(plan.example_parameter.dtype, plan.coarsest)
 
     def agrees(self, names: Sequence[str], size: int, written_out: Callable[[int], Tensor]) -> bool:
         """Whether rows are right up to rounding; gradients that are nothing but rounding go by the whole's scale."""
@@ -449,10 +412,6 @@ class _Reference:
         return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
 
 
-def _tolerance(dtype: torch.dtype, plan: Plan) -> float:
-    return tolerance(dtype, plan.coarsest)
-
-
 def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
     """What rounding explains where numbers of a dtype went through a coarser one."""
     return TOLERANCE.get(coarser(dtype, coarsest), 5e-2)
@@ -463,9 +422,6 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
 
     Also how many numbers a graph keeps for one example, and, as of a `Watched`, those that the model has for one alone.
     Some of the batch, the two among them, go forwards and backwards, one of the two beside itself and the other alone.
-
-    Raises:
-        ModelError: they do.
     """
     some = batch.take(slice(0, 8))
     order = torch.arange(some.size, device=z.device).flip(0)
@@ -502,8 +458,11 @@ def alone(model: Callable[..., Any], batch: Batch, n: int) -> Tensor:
 
 def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str = "") -> None:
     """Refuse outputs of the same examples that differ from pass to pass, in the batch at ``place``."""
-    if found.shape == expected.shape and bool(_distance(found, expected) <= allowed):
-        return
+    if found.shape == expected.shape:
+        # Example by example where the difference would be large, as of a vocabulary.
+        pairs = [(found, expected)] if found.numel() <= LARGE else zip(found, expected, strict=True)
+        if bool(torch.stack([(a - b).norm() for a, b in pairs]).norm() <= allowed):
+            return
     error = influenced(place)
     if found.shape[1:] != expected.shape[1:]:
         error = ModelError(
@@ -519,11 +478,7 @@ def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str =
 
 
 def require_alike_in_parts(plan: Plan, batch: Batch, seen: Watched, call: str) -> None:
-    """Refuse a batch whose examples have other outputs in parts of it, or where a statistic decides alone.
-
-    Raises:
-        ModelError: they have.
-    """
+    """Refuse a batch whose examples have other outputs in parts of it, or alone where a statistic decides."""
     z = seen.z.detach()
     for piece in _pieces(batch.size, z.device, alone=seen.decided):
         with plan.quiet():
@@ -583,13 +538,6 @@ def influenced(place: str = "", what: str = "outputs") -> ModelError:
     )
 
 
-def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """‖one − other‖, example by example where the difference would be large, as of a vocabulary."""
-    if one.numel() <= LARGE:
-        return (one - other).norm()
-    return torch.stack([(a - b).norm() for a, b in zip(one, other, strict=True)]).norm()
-
-
 def _check_outputs(z: Tensor, place: str) -> None:
     call = "the model's forward pass"
     if not z.is_floating_point():
@@ -609,7 +557,7 @@ def _refuse_chance(plan: Plan, probe: Batch, z: Tensor) -> None:
     """More passes for a model that draws random numbers: stochastic depth changes few examples at a time."""
     for _ in range(32):
         again = probe.call(plan.model)
-        if again.shape != z.shape or bool((again - z).norm() > _tolerance(z.dtype, plan) * z.norm()):
+        if again.shape != z.shape or bool((again - z).norm() > tolerance(z.dtype, plan.coarsest) * z.norm()):
             raise ModelError(
                 call="the Fisher of this model",
                 got="outputs that change from pass to pass",
@@ -650,7 +598,10 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             units.append(RuledUnit(chosen, own[0].rule, _numbers(plan, chosen), turned=own[0].turned))
             placed.update(chosen)
         elif plain and name not in outside:
-            units.append(_alone(name, list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))))
+            forms, size = list(dict.fromkeys(form_of(use) for use in seen[name])), _numbers(plan, (name,))
+            shared = len(forms) > 1
+            alone = RuledUnit((name,), forms[0][0], size, turned=forms[0][3])
+            units.append(SharedUnit(name, forms, size) if shared else alone)
         elif own and free:
             rules = list(dict.fromkeys(use.rule for use in own))
             chosen = tuple(sorted(members, key=plan.space.names.index))
@@ -662,13 +613,6 @@ def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:
             without_use = not own and name not in outside
             units.append(Unit((name,), reason, _numbers(plan, (name,)), without_use=without_use))
     return units
-
-
-def _alone(name: str, forms: Sequence[Form], numbers: int) -> RuledUnit:
-    """A unit of one parameter, apart from those that it is used with."""
-    if len(forms) > 1:
-        return SharedUnit(name, forms, numbers)
-    return RuledUnit((name,), forms[0][0], numbers, turned=forms[0][3])
 
 
 def _together(name: str, seen: Mapping[str, Sequence[Use]]) -> list[str]:
@@ -683,27 +627,17 @@ def _numbers(plan: Plan, names: Sequence[str]) -> int:
     return sum(plan.parameters[name].numel() for name in names)
 
 
-def _verified(
-    plan: Plan,
-    unit: Unit,
-    watched: Watched,
-    gradients: Sequence[Tensor | None],
-    arrangements: Sequence[Arrangement | None],
-    v: Float[Tensor, "1 B ..."],
-    reference: _Reference,
-) -> list[Unit]:
+def _verified(plan: Plan, unit: Unit, pulled: Pulled, reference: _Reference) -> list[Unit]:
     """The unit if autograd confirms its rows, or its parameters as generic units."""
     if not isinstance(unit, RuledUnit):
         return [unit]
-    dtype = plan.dtype
-    uses = [in_dtype(use, dtype) for use in watched.uses]
     reason = f"autograd does not confirm the {unit.rule_name} rule here"
     try:
-        made = unit.made(uses, gradients, arrangements, v.to(dtype), RowSelection(1, v.shape[1], v.device))
+        made = unit.made(pulled)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a rule that does not know this form of use
         made, reason = None, f"the {unit.rule_name} rule fails here: {str(error).splitlines()[0]}"
     if made is not None and reference.agrees(unit.names, made.rows.size, functools.partial(_row, made.rows)):
-        return [unit.confirmed(uses, arrangements, made.rows, plan.parameters[unit.names[0]].shape)]
+        return [unit.confirmed(pulled, made.rows, plan.parameters[unit.names[0]].shape)]
     return [Unit((name,), reason, _numbers(plan, (name,))) for name in unit.names]
 
 

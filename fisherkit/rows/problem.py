@@ -10,7 +10,6 @@ import contextlib
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -27,13 +26,12 @@ from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
-from fisherkit.rows.base import TILE
+from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.first_batch import plan_of
-from fisherkit.rows.last_layer import Head, head_width, is_last_layer, last_layer_rows
-from fisherkit.rows.linearized import Linearized
-from fisherkit.rows.one_by_one import MOST, OneByOne
+from fisherkit.rows.generic import now
+from fisherkit.rows.last_layer import Head, last_layer_rows, last_width
+from fisherkit.rows.linearized import MOST, Linearized, OneByOne
 from fisherkit.rows.plan import (
     Plan,
     alone,
@@ -46,9 +44,8 @@ from fisherkit.rows.plan import (
     two_of,
 )
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.units import RuledUnit
-from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown
+from fisherkit.rows.verified import changed_attributes, fingerprint, forget, is_shown, plan_of
 from fisherkit.rows.watched import Watched
 
 LONG = 600.0
@@ -95,13 +92,7 @@ class Tally(NamedTuple):
 
 
 class BetterPlanError(Exception):
-    """A batch has shown what the plan did not know; whoever can start again does so with the new plan.
-
-    Args:
-        plan: the new one.
-        by_owner: as in `Problem`.
-        batch: that has shown it.
-    """
+    """A batch has shown what the plan did not know; whoever can start again does so with the new plan."""
 
     def __init__(self, plan: Plan, by_owner: bool | None, batch: Batch) -> None:
         super().__init__("a better plan")
@@ -110,20 +101,15 @@ class BetterPlanError(Exception):
 
 @dataclass
 class Problem:
-    """Everything that defines the rows.
+    """Everything that defines the rows: plan, data, likelihood, kind, and how these are read.
 
     Args:
-        plan: how rows are made.
-        source: the data.
-        likelihood: p(y | z).
-        kind: the kind, as functions of outputs.
         token: whether every position is an example.
         shift_labels: whether labels belong to the position before theirs.
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
-        progress: show a progress bar.
         summed: whether nothing but sums over rows is wanted: squares, or second moments of their factors.
-        vectors_per_example: M, found by `measure`.
-        rowless: whether those sums need no rows (`rows.last_layer`), found by `measure`.
+        vectors_per_example, rowless, fold, head: found by `measure`: M; whether those sums need no rows; positions of
+            an example that are examples of their own; inputs of a last layer that vectors are led through at once.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
         probabilities_sought: whether outputs have been looked at for probabilities in the place of logits, for which
@@ -134,8 +120,6 @@ class Problem:
         processes: that each have a part of the data; None for one alone.
         offset: how many examples the ranks before this one have, where examples are known by their place.
         folds: whether positions may become examples of their own where vectors are of single ones.
-        fold: positions of an example that do, found by `measure`.
-        head: inputs of a last layer that vectors are led through once and for all (`rows.last_layer`); 0 for none.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
         settled: what `fingerprint` says of the model before such passes; None during the build.
         compared: which batches have been compared with themselves in parts.
@@ -270,13 +254,7 @@ class Problem:
         return self.likelihood.as_outputs(outputs.masked(found.reshape(directions.shape)), raw.shape)
 
     def _outputs(self, batch: Batch, raw: Tensor, start: int, call: str) -> tuple[Outputs, tuple[int, int]]:
-        """The model's outputs as ``[B, P, C]``, finite, with checked targets; how many examples and positions count.
-
-        Raises:
-            DataError: targets that are missing or do not fit.
-
-        Cost: two waits for the device.
-        """
+        """The model's outputs as ``[B, P, C]``, finite, with checked targets; how many examples and positions count."""
         raw = raw.detach()
         if batch.targets is None and self.kind.needs_targets:
             raise DataError(
@@ -315,7 +293,7 @@ class Problem:
             slots = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place)
             tried[key], tried["outputs", key] = slots.number, slots.mask.shape[1]
         self.vectors_per_example = tried[key]
-        self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_layer()
+        self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_width(only=True) > 0
         self.head = (
             self._head(tried["outputs", key])
             if self.summed and kind.of_hessian and not plan.looped and not self.rowless
@@ -351,11 +329,7 @@ class Problem:
         return z.ndim == 3 and self.likelihood.class_axis % 3 == 2
 
     def _folded(self, linearized: Linearized | OneByOne, batch: Batch) -> tuple[Linearized, Batch] | None:
-        """A batch whose positions are examples of their own; None where none has several.
-
-        Raises:
-            BetterPlanError: they are not apart in this batch.
-        """
+        """A batch whose positions are examples of their own, as they are apart here; None where none has several."""
         if self.fold == 1 or linearized.z.ndim < 3 or linearized.z.shape[1] == 1:
             return None
         apart = None  # an attention mask says of the inputs' positions, example by example, which are data
@@ -371,23 +345,22 @@ class Problem:
 
     def _head(self, positions: int) -> int:
         """Inputs of a last layer that has more outputs than vectors go back from, of which there are then so many."""
-        plan, total = self.plan, self.vectors_per_example
-        if "head" not in plan.tried:
-            self.confirm()
-            with plan.quiet():
-                plan.tried["head"] = head_width(Linearized.probe(plan))
-        width = plan.tried["head"]
+        total = self.vectors_per_example
+        width = self._last_width(only=False)
         if not width or width * positions >= total or positions * width**2 > TILE:
             return 0
         self.vectors_per_example = width * positions
         return width
 
-    def _last_layer(self) -> bool:
-        """Whether the model's outputs are those of the only layer that was chosen; tried once a plan."""
-        if "last layer" not in self.plan.tried:
+    def _last_width(self, *, only: bool) -> int:
+        """Inputs of a last layer, the only one that was chosen or above others, if its sums are known; tried once."""
+        tried, key = self.plan.tried, "last layer" if only else "head"
+        if key not in tried:
+            if not only:
+                self.confirm()
             with self.plan.quiet():
-                self.plan.tried["last layer"] = is_last_layer(Linearized.probe(self.plan))
-        return bool(self.plan.tried["last layer"])
+                tried[key] = last_width(Linearized.probe(self.plan), only=only)
+        return tried[key]
 
     def forecast(self) -> tuple[int, float] | None:
         """Backward passes that reading the data once takes, and their seconds at most; None where N is not known.
@@ -437,11 +410,7 @@ class Problem:
         return self.token or self.kind.positionwise
 
     def confirm(self) -> None:
-        """Begin again with a plan that two examples confirm, where nothing has confirmed this one.
-
-        Raises:
-            BetterPlanError: with that plan.
-        """
+        """Begin again with a plan that two examples confirm, where nothing has confirmed this one."""
         if self.plan.probe.assumed:
             plan = plan_of(self.plan.model, self.plan.space, self.source)
             raise BetterPlanError(plan, self.by_owner, self.source.first())
@@ -449,16 +418,10 @@ class Problem:
     def _micro_batches(
         self, description: str, *, compared: bool = True, shows: bool = False
     ) -> Iterator[tuple[Batch, int, str]]:
-        """Pieces of batches on the model's device, their first example's place in the data, and a name for errors.
-
-        With ``shows``, what is done with the first confirms the plan.
-
-        Raises:
-            DataError: there is no batch.
-        """
+        """Pieces of batches on the device, each with its first example's place in the data and a name for errors."""
         if not (shows and self.plan.probe.assumed and self.source.listed):  # else nobody's code has run since the plan
             self.refuse_changed()
-        if not shows:
+        if not shows:  # where what is done with the first does not confirm the plan
             self.confirm()
         self.plan.probe.watched = None  # its graph has served
         device = self.plan.example_parameter.device
@@ -476,11 +439,7 @@ class Problem:
             raise DataError(call="data", got="no batch", expected="at least one example")
 
     def refuse_changed(self) -> None:
-        """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's.
-
-        Raises:
-            ModelError: naming the parameters where it is known which; or dropout or batch statistics in train mode.
-        """
+        """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's."""
         own = dict(self.plan.model.named_parameters())
         changed = [
             name
@@ -569,9 +528,9 @@ class Problem:
             ModelError: they do.
 
         Cost: two forward passes of an example for each size of batches that a model has not met; one of the batch for
-        each answer to what the model asks of a whole batch that is new, as whether any example is padded, and of
-        each size in a build where functions do not keep examples apart. One of every batch where its numbers may decide
-        what becomes of its examples, as in experts with a capacity.
+        each answer to what the model asks of a whole batch that is new, as whether any example is padded, and of each
+        size in a build where functions do not keep examples apart. One of every batch where its numbers may decide what
+        becomes of its examples, as in experts with a capacity.
         """
         if batch.size == 1:
             return
@@ -701,10 +660,3 @@ class Problem:
     def _slots(self, batch: Batch, raw: Tensor, start: int, call: str) -> Slots:
         outputs, counts = self._outputs(batch, raw, start, call)
         return Slots.of(outputs, self.kind, self.token, counts)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 
 from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
-from fisherkit.rows.contractions import ContractionRule, contraction
 from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
 from fisherkit.rows.differentiable import version_of
 from fisherkit.rows.ownership import coarser
@@ -32,6 +31,7 @@ from fisherkit.rows.rules import (
     BATCH_NORM,
     COPIED,
     RULES,
+    ContractionRule,
     ConvolutionRule,
     ElementwiseRule,
     EmbeddingRule,
@@ -39,6 +39,7 @@ from fisherkit.rows.rules import (
     Rule,
     Use,
     broadcast_over,
+    contraction,
     rule_for,
 )  # fmt: skip
 

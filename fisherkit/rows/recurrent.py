@@ -6,6 +6,7 @@ the gates: a linear layer's, steps being positions. Owns the layers' arithmetic 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +26,18 @@ class RecurrentRule(LinearRule):
 class LinearMap:
     """Output = input Wᵀ + b at all steps of one layer in one direction, as far as gradients go.
 
-    Args:
-        input: ``[B, T, I]``, ``[T, B, I]`` where steps come first, or ``[E, I]`` of packed sequences; without a graph.
-        weight: ``[O, I]``.
-        bias: ``[O]``, or None.
-        output: what has the gradient of the output, which lies as the input does.
+    The input is ``[B, T, I]``, ``[T, B, I]`` where steps come first, or ``[E, I]`` of packed sequences, without a
+    graph.
     """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
     output: Tensor
+
+
+Steps = tuple[Callable[[Tensor], Sequence[Tensor]], Callable[[list[Tensor]], Tensor]]
+"""A tensor to its steps and back: along an axis, or one behind the other, of as many sequences as have them."""
 
 
 def drops_out(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
@@ -54,10 +56,12 @@ def can_be_unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> bool
 
 def unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], list[LinearMap]]:
     """What the function returns, computed step by step, and the linear maps on the way."""
-    steps: _Steps = _Steps(1 if args[8] else 0)
+    axis = 1 if args[8] else 0
+    steps: Steps = functools.partial(torch.unbind, dim=axis), functools.partial(torch.stack, dim=axis)
     x, states, flat, biased, layers, _, _, both = args[:8]
     if _packed(args):
-        steps = _Packed(args[1].tolist())
+        sizes = args[1].tolist()
+        steps = (lambda x: x.split(sizes)), torch.cat
         x, _, states, flat, biased, layers, _, _, both = args
     paired = isinstance(states, (tuple, list))  # an LSTM's h and c
     starts = [tuple(pair) for pair in zip(*states, strict=True)] if paired else [(h, h) for h in states]
@@ -80,42 +84,12 @@ def _packed(args: tuple[Any, ...]) -> bool:
     return isinstance(args[1], Tensor) and args[1].ndim == 1
 
 
-class _Steps:
-    """How steps lie: along an axis."""
-
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
-
-    def apart(self, x: Tensor) -> Sequence[Tensor]:
-        """The steps of a tensor."""
-        return x.unbind(self.axis)
-
-    def joined(self, steps: list[Tensor]) -> Tensor:
-        """A tensor of its steps."""
-        return torch.stack(steps, self.axis)
-
-
-class _Packed(_Steps):
-    """How steps lie: one behind the other, of as many sequences as have them."""
-
-    def __init__(self, sizes: list[int]) -> None:
-        self.sizes = sizes
-
-    def apart(self, x: Tensor) -> Sequence[Tensor]:
-        """As of `_Steps`."""
-        return x.split(self.sizes)
-
-    def joined(self, steps: list[Tensor]) -> Tensor:
-        """As of `_Steps`."""
-        return torch.cat(steps)
-
-
 def _layer(
-    name: str, x: Tensor, start: tuple[Tensor, Tensor], weights: Sequence[Tensor], steps: _Steps,
+    name: str, x: Tensor, start: tuple[Tensor, Tensor], weights: Sequence[Tensor], steps: Steps,
     *, biased: bool, backwards: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[LinearMap]]:  # fmt: skip
     """One layer in one direction: outputs, last h and c, linear maps."""
-    w_ih, w_hh, *rest = weights
+    (apart, joined), (w_ih, w_hh, *rest) = steps, weights
     b_ih: Any = rest[0] if biased else None
     b_hh: Any = rest[1] if biased else None
     w_hr = rest[-1] if len(rest) % 2 else None
@@ -124,8 +98,8 @@ def _layer(
     else:
         given = added = _with_graph(F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh))
     projected = None if w_hr is None else _repeated(None, w_hr, x)
-    sums = list(zip(steps.apart(given), steps.apart(added), strict=True))
-    places = [] if projected is None else steps.apart(projected)
+    sums = list(zip(apart(given), apart(added), strict=True))
+    places = [] if projected is None else apart(projected)
     (h, c), turned = start, w_hh.t()
     outputs, before, inner = [h] * len(sums), [h] * len(sums), [h] * len(sums)
     for t in reversed(range(len(sums))) if backwards else range(len(sums)):
@@ -141,11 +115,11 @@ def _layer(
         h, c = (new, memory) if count == len(h) else (torch.cat([new, h[count:]]), torch.cat([memory, c[count:]]))
     maps = [
         LinearMap(x.detach(), w_ih, b_ih, given),
-        LinearMap(steps.joined(before), w_hh, b_hh, added),
+        LinearMap(joined(before), w_hh, b_hh, added),
     ]
     if projected is not None and w_hr is not None:
-        maps.append(LinearMap(steps.joined(inner), w_hr, None, projected))
-    return steps.joined(outputs), (h, c), maps
+        maps.append(LinearMap(joined(inner), w_hr, None, projected))
+    return joined(outputs), (h, c), maps
 
 
 def _repeated(bias: Tensor | None, weight: Tensor, x: Tensor) -> Tensor:

@@ -6,14 +6,21 @@ entries lie by example (``a [B, T, i]``, ``g [B, T, o]``); whose an entry is, is
 linear layers on their patches; norms are elementwise products with the normalized input; an embedding's input is its
 token ids. Every rule is checked against autograd on the user's own model before it is used (`rows.plan`), so a rule may
 assume the usual meaning of its arguments.
+
+Products that sum over some axes of a parameter (matrix products, batched ones, einsum, products by group) are read as
+einsum writes them, one letter an axis. A weight's axes are, in this order, *slices* (an entry of the output uses one of
+them, as an expert's), then outputs and contracted axes in either order.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -22,13 +29,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fisherkit.rows.base import UnitRows
-from fisherkit.rows.batch_axis import Axis
+from fisherkit.rows.base import StoredRows, UnitRows
+from fisherkit.rows.batch_axis import Axis, product_terms
 from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.sparse import SparseRows
-from fisherkit.rows.stored import StoredRows
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,9 @@ def in_dtype(use: Use, dtype: torch.dtype) -> Use:
     if not x.is_floating_point() or x.dtype == dtype:
         return use
     parameters = use.rule.weight_name, use.rule.bias_name  # only their shapes are asked for
-    others = {n: v.detach().to(dtype) for n, v in use.arguments.items() if n not in parameters and _is_floating(v)}
+    own = {n: v for n, v in use.arguments.items() if n not in parameters and isinstance(v, Tensor)}
+    others = {name: value.detach().to(dtype) for name, value in own.items() if value.is_floating_point()}
     return replace(use, arguments={**use.arguments, **others})
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Rule(ABC):
@@ -180,16 +183,14 @@ class ConvolutionRule(LinearRule):
 
     def activations(self, use: Use) -> Patches:
         """Patches, channels first as in the weight."""
-        x = use.arguments["input"].detach()
-        dims = x.ndim - 2
-        kernel = tuple(use.arguments["weight"].shape[2:])
-        stride, dilation = _tuple(use.arguments.get("stride", 1), dims), _tuple(use.arguments.get("dilation", 1), dims)
-        padding = use.arguments.get("padding", 0)
+        kernel, padding = tuple(use.arguments["weight"].shape[2:]), use.arguments.get("padding", 0)
+        stride, dilation = _each_axis(use, stride=1, dilation=1)
         if padding == "same":
             total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            return Patches(x, kernel, stride, dilation, tuple((t // 2, t - t // 2) for t in total))
-        both = _tuple(0 if padding == "valid" else padding, dims)
-        return Patches(x, kernel, stride, dilation, tuple((p, p) for p in both))
+            pads = tuple((t // 2, t - t // 2) for t in total)
+        else:
+            pads = tuple((0, 0) if padding == "valid" else (p, p) for p in _each_axis(use, padding=0)[0])
+        return Patches(use.arguments["input"].detach(), kernel, stride, dilation, pads)
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """Channels last."""
@@ -204,8 +205,7 @@ class GroupedConvolutionRule(ConvolutionRule):
         groups = use.arguments["groups"]
         left = g.unflatten(-1, (groups, -1))
         right = _per_row(a, g, example).unflatten(-1, (groups, -1))
-        weight = [torch.einsum("rtgo,rtgi->rgoi", left, right).flatten(1)] if use.weight else []
-        return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
+        return _written(use, lambda: torch.einsum("rtgo,rtgi->rgoi", left, right), g)
 
 
 class TransposedConvolutionRule(Rule):
@@ -222,13 +222,8 @@ class TransposedConvolutionRule(Rule):
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
         """Patches of the gradient; behind them the bias's gradient, put at the first position and zero elsewhere."""
-        dims = gradient.ndim - 3
         kernel, size = use.arguments["weight"].shape[2:], use.arguments["input"].shape[2:]
-        stride, dilation = _tuple(use.arguments.get("stride", 1), dims), _tuple(use.arguments.get("dilation", 1), dims)
-        padding, extra = (
-            _tuple(use.arguments.get("padding", 0), dims),
-            _tuple(use.arguments.get("output_padding", 0), dims),
-        )
+        stride, dilation, padding, extra = _each_axis(use, stride=1, dilation=1, padding=0, output_padding=0)
         flat = gradient.flatten(0, 1)
         # Output index = stride · input index + dilation · kernel index − padding, so the last window may end before or
         # after the output does: a negative pad crops what output_padding added.
@@ -243,8 +238,7 @@ class TransposedConvolutionRule(Rule):
         outputs = use.output_shape[1]
         left = _per_row(a, g, example).unflatten(-1, (groups, -1))
         right = g[..., :-outputs].unflatten(-1, (groups, -1))
-        weight = [torch.einsum("rtgi,rtgo->rgio", left, right).flatten(1)] if use.weight else []
-        return StoredRows(torch.cat(weight + ([g[..., -outputs:].sum(1)] if use.bias else []), 1))
+        return _written(use, lambda: torch.einsum("rtgi,rtgo->rgio", left, right), g[..., -outputs:])
 
 
 class EmbeddingRule(Rule):
@@ -271,11 +265,8 @@ class EmbeddingRule(Rule):
 class NormalizationRule(Rule):
     """Output = weight ∘ normalized input + bias, the statistics being functions of the example or constants.
 
-    Args:
-        name: the function's name.
-        signature: its argument names.
-        function: the function itself, to normalize without weight and bias.
-        channels_second: whether features are axis 1 (batch and group norms) and not the last axes.
+    The ``function`` itself normalizes; features are axis 1 (batch and group norms) if ``channels_second``, or the last
+    axes.
     """
 
     def __init__(self, name: str, signature: str, function: Callable[..., Tensor], *, channels_second: bool) -> None:
@@ -300,22 +291,27 @@ class NormalizationRule(Rule):
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
         """Stored: there are as many parameters as features."""
-        weight = [(g * _per_row(a, g, example)).sum(1)] if use.weight else []
-        return StoredRows(torch.cat(weight + ([g.sum(1)] if use.bias else []), 1))
+        return _written(use, lambda: (g * _per_row(a, g, example)).sum(1), g)
 
 
-def _tuple(value: int | tuple[int, ...] | list[int], dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
+def _written(use: Use, weight: Callable[[], Tensor], bias: Float[Tensor, "R T o"]) -> StoredRows:
+    """The weight's rows, if it was chosen, and behind them the bias's, a sum over positions."""
+    own = [weight().flatten(1)] if use.weight else []
+    return StoredRows(torch.cat(own + ([bias.sum(1)] if use.bias else []), 1))
+
+
+def _each_axis(use: Use, **defaults: int) -> list[tuple[int, ...]]:
+    """Settings of a convolution, a number for each axis."""
+    dims, found = use.arguments["weight"].ndim - 2, []
+    for name, default in defaults.items():
+        value = use.arguments.get(name, default)
+        values = (value,) if isinstance(value, (int, str)) else tuple(value)
+        found.append(values * dims if len(values) == 1 else values)
+    return found
 
 
 class ElementwiseRule(Rule):
-    """Output = input ∘ w or input ± w, the parameter w broadcast over examples: positions added, scales multiplied.
-
-    Args:
-        name: the function's name.
-        product: whether it multiplies.
-    """
+    """Output = input ∘ w (a ``product``) or input ± w, w broadcast over examples, as positions and scales are."""
 
     def __init__(self, name: str, *, product: bool) -> None:
         super().__init__(name, "input weight")
@@ -412,3 +408,151 @@ def rule_for(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     if function in GROUPED and rule is not None and rule.bind(args, kwargs).get("groups", 1) != 1:
         return GROUPED[function]
     return rule
+
+
+@dataclass(frozen=True)
+class Letters:
+    """The axes of a product: the input's, and the output's in their order, ``lead``, ``outputs`` and ``columns``.
+
+    The lead counts entries, some of whose axes choose a slice of the weight; columns are positions.
+    """
+
+    input: str
+    lead: str
+    outputs: str
+    columns: str
+    contracted: str
+    slices: str
+
+
+class ContractionRule(LinearRule):
+    """Output = the sum over axes of input and weight that the call's ``letters`` say, plus a bias.
+
+    ``transposed`` if the weight has its contracted axes before its outputs.
+    """
+
+    def __init__(self, name: str, transposed: bool) -> None:
+        super().__init__(name, "")
+        self.transposed = transposed
+
+    def features(self, use: Use) -> int:
+        """Outputs and columns."""
+        letters: Letters = use.arguments["letters"]
+        return len(letters.outputs + letters.columns)
+
+    def activations(self, use: Use) -> Float[Tensor, "E t i"]:
+        """Columns are positions; an input without the slices' axes is every slice's."""
+        x, letters = use.arguments["input"].detach(), use.arguments["letters"]
+        lead, outputs = len(letters.lead), len(letters.outputs)
+        wanted = letters.lead + letters.columns + letters.contracted
+        x = x.permute([letters.input.index(one) for one in wanted if one in letters.input])
+        x = x[tuple(slice(None) if one in letters.input else None for one in wanted)]
+        columns = torch.Size(use.output_shape[lead + outputs :])
+        whole = x.expand(*use.output_shape[:lead], *columns, *[-1] * len(letters.contracted))
+        return whole.reshape(use.lead.numel(), columns.numel(), -1)
+
+    def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
+        """As the input."""
+        lead, letters = use.lead, use.arguments["letters"]
+        outputs = torch.Size(use.output_shape[len(lead) :][: len(letters.outputs)]).numel()
+        return gradient.reshape(len(gradient), lead.numel(), outputs, -1).mT
+
+
+_rule = functools.cache(ContractionRule)
+
+
+def contraction(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], of: Callable[[Any], Derived | None]
+) -> tuple[ContractionRule, dict[str, Any]] | None:
+    """The rule and the arguments of a call with one operand, or a bias, that is made of parameters (``of`` tells)."""
+    name = _NAMES.get(function, "")
+    read = _read(name, args, kwargs) if name else None
+    if read is None or not all(isinstance(one, Tensor) for one in read[:2]) or (of(read[0]) and of(read[1])):
+        return None
+    first, second, bias, terms, offsets = read
+    left, right, out = terms or product_terms(first.ndim, second.ndim)
+    x, weight, letters, transposed = first, second, *_letters(left, right, out)
+    if of(second) is None and (of(first) is not None or of(bias) is None):
+        x, weight, letters, transposed = second, first, *_letters(right, left, out)
+    if letters is None or (bias is not None and letters.columns):
+        return None
+    index, turned = None, False
+    made = of(weight)
+    if made is not None:
+        found = made.sliced(weight, weight.ndim - len(letters.slices))
+        if offsets is not None and found is not None:
+            place = torch.arange(len(x), device=offsets.device)
+            group = torch.bucketize(place, offsets, right=True)
+            known = torch.arange(len(weight), device=group.device) if found[0] is None else found[0]
+            found = torch.where(group < len(known), known[group.clamp_max(len(known) - 1)], -1), found[1]
+        if found is not None:
+            index, turned = found
+        elif letters.slices or made.slices is not None:
+            return None
+        if turned and weight.ndim != len(letters.slices) + 2:
+            return None
+    if index is not None and index.ndim and offsets is None:
+        sizes = iter(index.shape)
+        index = index.reshape([next(sizes) if one in letters.slices else 1 for one in letters.lead])
+    arguments = {"input": x, "weight": weight, "bias": bias, "letters": letters, "slices": index, "turned": turned}
+    return _rule(name, transposed), arguments
+
+
+def _read(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any, Any, tuple[str, str, str] | None, Tensor | None] | None:
+    """The two operands, the bias, the axes if they are not those of a matrix product, and where groups end."""
+    args = (*args, *(kwargs[one] for one in ("self", "input", "mat", "mat1", "batch1", "mat_a") if one in kwargs))
+    args = (*args, *(kwargs[one] for one in ("other", "mat2", "tensor2", "batch2", "mat_b") if one in kwargs))
+    if name == "einsum":
+        operands = args[1:] if len(args) != 2 else args[1]
+        terms = _terms(args[0], operands)
+        return None if terms is None else (*operands, None, terms, None)
+    if any(kwargs.get(one, 1) != 1 for one in ("alpha", "beta")):
+        return None
+    if name in ("addmm", "baddbmm"):
+        return (args[1], args[2], args[0], None, None) if len(args) == 3 else None
+    if name == "grouped_mm":
+        offsets = kwargs.get("offs", args[2] if len(args) > 2 else None)
+        fits = isinstance(offsets, Tensor) and args[0].ndim == 2 and args[1].ndim == 3 and kwargs.get("bias") is None
+        return (args[0], args[1], None, ("sy", "syz", "sz"), offsets) if fits else None
+    return (args[0], args[1], None, None, None) if len(args) == 2 else None
+
+
+def _terms(equation: Any, operands: Any) -> tuple[str, str, str] | None:
+    """The three terms of an einsum of two operands, with letters in the place of an ellipsis."""
+    if not isinstance(equation, str) or isinstance(operands, Tensor) or "->" not in equation:
+        return None
+    if len(operands) != 2 or equation.count(",") != 1:
+        return None
+    left, out = equation.replace(" ", "").split("->")
+    pair = left.split(",")
+    free = "".join(one for one in ascii_letters if one not in equation)[:16]
+    more = [x.ndim - len(term) + 3 if "." in term else 0 for x, term in zip(operands, pair, strict=True)]
+    first, second = (t.replace("...", free[16 - n : 16]) for t, n in zip(pair, more, strict=True))
+    return first, second, out.replace("...", free[16 - max(more) : 16])
+
+
+def _letters(x: str, weight: str, out: str) -> tuple[Letters | None, bool]:
+    """How axes take part, and whether the weight has its contracted ones before its outputs; None where none can."""
+    kinds = "".join("s" if one in x and one in out else "c" if one in x else "o" for one in weight)
+    match = re.fullmatch("(s*)(o*)(c+)(o*)", kinds)
+    if match is None or any(len(set(term)) < len(term) for term in (x, weight, out)):
+        return None, False
+    slices, before, contracted, behind = (weight[slice(*match.span(i))] for i in range(1, 5))
+    if before and behind:  # the input is every slice's
+        slices, before = slices + before, ""
+    outputs = before or behind
+    lead, _, columns = out.partition(outputs) if outputs else (out, "", "")
+    fits = [one for one in lead if one in slices] == list(slices) and set(lead) - set(slices) <= set(x)
+    if not fits or outputs not in out or not set(columns) <= set(x) or not set(x) <= set(out + contracted):
+        return None, False
+    return Letters(x, lead, outputs, columns, contracted, slices), bool(behind)
+
+
+_NAMES: dict[Callable[..., Any], str] = {
+    function: {"mm": "matmul", "__matmul__": "matmul", "_grouped_mm": "grouped_mm"}.get(name, name)
+    for name in ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm")
+    for owner in (torch, torch.Tensor)
+    if (function := getattr(owner, name, None)) is not None
+}

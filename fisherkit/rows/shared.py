@@ -16,13 +16,7 @@ from fisherkit.rows.collection import Rows, RowSource, UnitSlot
 
 
 class SharedRows(RowSource):
-    """The rows of all processes.
-
-    Args:
-        own: this process's.
-        processes: the group.
-        sizes: how many each rank has; None to ask them.
-    """
+    """The rows of all processes, of which this one has its ``own``; ``sizes`` says how many each has."""
 
     def __init__(self, own: RowSource, processes: Processes, sizes: Sequence[int] | None = None) -> None:
         sizes = processes.gathered(own.count) if sizes is None else sizes
@@ -118,12 +112,9 @@ class SharedRows(RowSource):
         return self.own
 
     def _own(self, operation: str, operand: Tensor | None = None, own: Tensor | None = None) -> Tensor:
-        """This process's part of an answer.
+        """This process's part of an answer, of an operand that all must have alike.
 
-        Args:
-            operation: by name.
-            operand: that all processes must have alike; None where there is none.
-            own: what of it is asked of this process's rows.
+        ``own`` is what of it is asked of this process's rows.
         """
         device = self.processes.device
         self.processes.require_alike(operation, torch.zeros(0, device=device) if operand is None else operand)

@@ -11,23 +11,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import RowSelection, UnitRows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Owned
-from fisherkit.rows.selection import RowSelection
 
 Part = tuple[Tensor, FactoredRows]
 """Which rows use a slice, and these over it."""
 
 
 class SlicedRows(UnitRows):
-    """R rows over E slices ``[O, I]`` (or ``[I, O]``).
+    """R rows over E slices ``[O, I]`` (or ``[I, O]``), in ``parts`` by slice, of those that are used.
 
-    Args:
-        parts: by slice; of those that are used.
-        count: R.
-        slices: E.
-        none: rows of no slice, ``[0]``, which have its size, orientation, dtype and device.
+    ``none`` are rows of no slice, ``[0]``, which have its size, orientation, dtype and device.
     """
 
     form = "sliced"
@@ -41,17 +36,9 @@ class SlicedRows(UnitRows):
         cls, a: Float[Tensor, "n I"], g: Float[Tensor, "k n O"], index: Int[Tensor, "n"], owner: Int[Tensor, "n"],
         selection: RowSelection, slices: int, *, transposed: bool, cache: dict[int, Tensor],
     ) -> SlicedRows:  # fmt: skip
-        """Rows from positions.
+        """Rows from positions, each with its input, the gradients of its output, its slice (``index``) and its example.
 
-        Args:
-            a: the input at each.
-            g: the gradient of its output, for k vectors an example.
-            index: its slice.
-            owner: its example.
-            selection: which vectors are rows.
-            slices: E.
-            transposed: as in `FactoredRows`.
-            cache: inputs by slice, of other vectors of the same positions.
+        ``cache`` has inputs by slice, of other vectors of the same positions.
         """
         keep = selection.keep
         parts = {}

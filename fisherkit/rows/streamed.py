@@ -4,12 +4,18 @@ Two ways for a product JᵀJ u over a batch: rebuild the batch's rows and use th
 of an example's M vectors; or push forward, apply the output metric, pull back: Jᵀ (Σ_m v vᵀ) J u costs one forward-mode
 and one reverse pass whatever M is, and no layer rule. The latter needs ``torch.func`` to see through the model, which
 is tried first.
+
+Or rows are made when they pay, a choice between renting and buying: each product without rows costs a pass over the
+data, rows cost several passes once and make products cheap. They are made as soon as what products without them have
+cost more is what making them costs, which is never more than twice the cheaper of the two. All costs are counted, in
+multiplications, and none is measured, so that the same calls always do the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,25 +34,30 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.differentiable import differentiable, functional_call
-from fisherkit.rows.hidden import graph_nodes
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem, Tally
 from fisherkit.rows.record import Recorder
-from fisherkit.rows.watched import Watched
+from fisherkit.rows.units import RuledUnit
+from fisherkit.rows.watched import Watched, graph_of
 from fisherkit.space import ParameterSpace
 
 FEW_VECTORS = 2
 """Up to this many vectors an example, rebuilding rows costs no more than a forward-mode pass."""
 
+FEWEST = 3
+"""Products from which on it is worth beginning without rows."""
+
+MOVED = 20
+"""Multiplications in the time that it takes to write or read a number of rows, about."""
+
+PASS = 50_000_000
+"""Multiplications in the time that a pass over the data takes beside its arithmetic, about."""
+
 _LOOKUPS = "EmbeddingBackward", "EmbeddingBagBackward"
 
 
 class StreamedRows(RowSource):
-    """Rows over the data.
-
-    Args:
-        problem: model, data and kind.
-    """
+    """Rows over the data of a problem."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.plan.space)
@@ -85,7 +96,7 @@ class StreamedRows(RowSource):
                 raise
             except RuntimeError:  # of a function that only this batch uses, or a kernel for so many
                 self.matrix_free = False
-                return self.product(u)
+                return StreamedRows.product(self, u)
             total = part if total is None else total.add_(part)
             if counts is not None and seen is not None:
                 counts.append(count(seen))
@@ -142,13 +153,48 @@ class StreamedRows(RowSource):
         return torch.zeros(shape, dtype=plan.dtype, device=plan.example_parameter.device)
 
 
-class ThinnedSource(Source):
-    """Every k-th example of the data.
+class LaterRows(StreamedRows):
+    """Rows that do not exist yet, which ``make`` makes of these, once and for all.
 
-    Args:
-        source: all of it.
-        stride: k.
+    Products are made without them as long as no more columns than ``products`` are multiplied.
     """
+
+    def __init__(self, problem: Problem, make: Callable[[LaterRows], RowSource], products: float) -> None:
+        super().__init__(problem)
+        self.make, self.left = make, products
+
+    def settled(self, columns: int | None = None) -> RowSource:
+        """Itself as long as products are fewer than pay, else the rows."""
+        return self.make(self) if columns is None or columns > self.left else self
+
+    def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """JᵀJ U in one pass."""
+        found = super().product(u)
+        self.left -= u.shape[1]
+        return found
+
+
+def products_before_rows(plan: Plan, vectors: int, examples: int) -> float:
+    """After how many products rows of so many vectors an example, kept as chosen, have paid; infinite if never.
+
+    For one example, with F the multiplications of a forward pass: a product without rows takes 5F (forward with a
+    tangent, and back to weights), rows take F, and F for each vector, which is only led back to layers' outputs, and
+    another F for each that is written out. A product with them takes 2F of factors, or 2 of each number written out,
+    and reads all numbers twice.
+    """
+    making, saved = 0, 0
+    for unit in plan.units:
+        shape = unit.shape if isinstance(unit, RuledUnit) else None
+        factored = isinstance(unit, RuledUnit) and shape is not None and not unit.stored
+        forward, numbers = math.prod(shape or [unit.numbers]), unit.numbers_per_example(vectors)
+        making += (1 + (1 if factored else 2) * vectors // unit.fold) * forward + MOVED * numbers
+        saved += 5 * forward - 2 * (forward if factored else numbers) - 2 * MOVED * numbers
+    making, saved = examples * making + PASS, examples * saved + PASS
+    return float(math.ceil(making / saved)) if saved > 0 else math.inf
+
+
+class ThinnedSource(Source):
+    """Every k-th example of the data (``stride``)."""
 
     def __init__(self, source: Source, stride: int) -> None:
         super().__init__(source.batches, source.model)
@@ -253,7 +299,7 @@ def _columns(
 def _is_uneven(plan: Plan, watched: Watched) -> bool:
     """Whether a table's vectors have other gradients than derivatives: a padding token's, and those by frequency."""
     modules = [(getattr(m, "padding_idx", None), getattr(m, "scale_grad_by_freq", False)) for m in plan.model.modules()]
-    nodes: Any = (node for node in graph_nodes(watched.z.grad_fn) if node.name().startswith(_LOOKUPS))
+    nodes: Any = (node for node in graph_of(watched.z.grad_fn) if node.name().startswith(_LOOKUPS))
     # Of no padding, a node says the largest integer.
     seen = [(None if n._saved_padding_idx >= 1 << 63 else 0, n._saved_scale_grad_by_freq) for n in nodes]
     return any(padding is not None or scaled for padding, scaled in (*modules, *seen))

@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import TILE, UnitRows, spans, sum_by
+from fisherkit.rows.base import TILE, StoredRows, UnitRows, spans, sum_by
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.sparse import SparseRows
-from fisherkit.rows.stored import StoredRows
 
 FORMS: tuple[type[UnitRows], ...] = (FactoredRows, SparseRows, StoredRows)
 """What parts can be; files have their places."""
@@ -27,11 +26,7 @@ S = TypeVar("S")
 
 
 class SumRows(UnitRows):
-    """R rows, each the sum of the parts' rows.
-
-    Args:
-        parts: of equally many rows over the same parameters.
-    """
+    """R rows, each the sum of the parts' rows, of which there are equally many over the same parameters."""
 
     form = "summed"
 
@@ -64,9 +59,9 @@ class SumRows(UnitRows):
         result = self.parts[0].floating.new_zeros(self.count, other.count, dtype=torch.float64)
         for (i, mine), (j, theirs) in itertools.product(enumerate(self.parts), enumerate(other.parts)):
             if other is not self or i == j:
-                result += _gram(mine, theirs, precise)
+                result += unit_gram(mine, theirs, precise)
             elif i < j:
-                cross = _gram(mine, theirs, precise)
+                cross = unit_gram(mine, theirs, precise)
                 result += cross
                 result += cross.mT
         return result
@@ -173,8 +168,8 @@ def _of(i: int, values: dict[str, S]) -> dict[str, S]:
     return {name.removeprefix(f"{i}."): value for name, value in values.items() if name.startswith(f"{i}.")}
 
 
-def _gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S"]:
-    """J J'ᵀ of rows that may be kept in different ways, in float64."""
+def unit_gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S"]:
+    """J J'ᵀ of rows that may be kept in different ways, some of them written out a few at a time, in float64."""
     if isinstance(mine, FactoredRows) and isinstance(theirs, FactoredRows):
         if mine.transposed == theirs.transposed:
             return mine.gram(theirs, precise)
@@ -184,8 +179,10 @@ def _gram(mine: UnitRows, theirs: UnitRows, precise: bool) -> Float[Tensor, "R S
         return _looked_up(theirs, mine, precise).mT
     elif isinstance(mine, FactoredRows) and isinstance(theirs, SparseRows):
         return _looked_up(mine, theirs, precise)
-    mine = mine.double() if precise else mine
     tiles = (theirs.some(span) for span in spans(theirs.count, 2 * theirs.size))
+    if isinstance(mine, StoredRows):
+        return torch.cat([mine.gram(StoredRows(tile.dense()), precise) for tile in tiles], 1)
+    mine = mine.double() if precise else mine
     return torch.cat([mine.matmul((tile.double() if precise else tile).dense().mT).double() for tile in tiles], 1)
 
 

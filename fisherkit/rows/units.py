@@ -8,41 +8,52 @@ business of `rows.plan`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fisherkit.rows.base import UnitRows
+from fisherkit.rows.base import RowSelection, StoredRows, UnitRows
 from fisherkit.rows.collection import UnitSlot
 from fisherkit.rows.derived import Derived
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Arrangement, Regular
 from fisherkit.rows.patches import Activations, Patches
 from fisherkit.rows.rules import LinearRule, Rule, Use
-from fisherkit.rows.selection import RowSelection
 from fisherkit.rows.sliced import SlicedRows
 from fisherkit.rows.sparse import SparseRows
-from fisherkit.rows.stored import StoredRows
 from fisherkit.rows.summed import SumRows
 
 Form = tuple[Rule, str | Derived | None, str | Derived | None, bool]
 """A use's rule, weight and bias, and whether it sees the weight transposed."""
 
 
+@dataclass(frozen=True)
+class Pulled:
+    """What a backward pass brought to the uses of a forward pass: gradients ``[k, *output]`` at each, for vectors v.
+
+    Inputs of the uses and v are in the parameters' dtype, and ``selection`` says which vectors are rows. A gradient is
+    None where nothing depends on an output, an arrangement where an entry belongs to several examples. ``scale`` is by
+    vector and example, or by example alone for all vectors, what turns the gradients into those of v. The ``cache`` has
+    activations of the units, for other vectors of the same pass that lie in the same way.
+    """
+
+    uses: Sequence[Use]
+    gradients: Sequence[Tensor | None]
+    arrangements: Sequence[Arrangement | None]
+    v: Float[Tensor, "k B ..."]
+    selection: RowSelection
+    scale: Float[Tensor, "#k B 1 1"] | None = None
+    cache: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+
 class Unit:
-    """A parameter without a rule; its rows are written out.
+    """A parameter without a rule, whose rows take so many ``numbers``, written out; several only in ruled units.
 
-    Args:
-        names: its name; more than one only in ruled units.
-        reason: why it is handled as it is, for `coverage`.
-        numbers: how many numbers a row takes when it is written out.
-        without_use: whether no function was seen to use it.
-
-    Attributes:
-        fold: positions of an example that are examples of their own here, each with its share of the vectors.
+    ``reason`` is why it is handled as it is, for `coverage`; ``without_use`` if no function was seen to use it.
+    ``fold`` positions of an example are examples of their own here, each with its share of the vectors.
     """
 
     def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, without_use: bool = False) -> None:
@@ -62,14 +73,9 @@ class Unit:
 
 
 class RuledUnit(Unit):
-    """Weight then bias, or either, under a layer rule.
+    """Weight then bias, or either, under a layer rule; ``turned`` if its uses see the weight transposed.
 
-    Args:
-        names: of the weight and the bias that were chosen.
-        rule: the rule.
-        numbers: as in `Unit`.
-        form: that of the uses that count, for the parts of a shared unit; None for all.
-        turned: whether its uses see the weight transposed.
+    ``form`` is that of the uses that count, for the parts of a shared unit; None for all.
 
     Attributes:
         place: where the batch lies in its uses, in words.
@@ -112,43 +118,28 @@ class RuledUnit(Unit):
         weight, bias = (None if isinstance(one, str) and one not in self.names else one for one in use.sources)
         return use if (weight, bias) == use.sources else replace(use, weight=weight, bias=bias)
 
-    def made(
-        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
-        v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B 1 1"] | None = None,
-    ) -> UnitSlot | None:  # fmt: skip
-        """The unit's rows in a batch; None where an entry of a use belongs to several examples.
-
-        Args:
-            uses: of the forward pass, with inputs in the parameters' dtype.
-            gradients: at each of them, ``[k, *output]``; None where nothing depends on an output.
-            arrangements: how the entries of each lie; None where one belongs to several examples.
-            v: the output vectors, in the parameters' dtype.
-            selection: which of them are rows.
-            cache: activations of the units, for other vectors of the same pass that lie in the same way.
-            scale: by vector and example, or by example alone for all vectors, what turns the gradients into those of v;
-                as for entries, in their dtype.
-        """
+    def made(self, pulled: Pulled) -> UnitSlot | None:
+        """The unit's rows in a batch; None where an entry of a use belongs to several examples."""
+        uses, v, selection = pulled.uses, pulled.v, pulled.selection
         own = self.of(uses)
         if not own:
             none = torch.zeros(selection.batch, 1, dtype=torch.bool, device=v.device)
             zeros = self.zeros(len(selection.owner), selection.batch, selection.example, v)
             return UnitSlot(self.names, zeros, none)
-        places = [one for i in own if (one := arrangements[i]) is not None]
+        places = [one for i in own if (one := pulled.arrangements[i]) is not None]
         if len(places) < len(own):
             return None
-        entries = [self._entries(uses[i], gradients[i], v) for i in own]
+        entries = [self._entries(uses[i], pulled.gradients[i], v) for i in own]
         found = [one.arranged(g) for g, one in zip(entries, places, strict=True)]
         g = found[0] if len(found) == 1 else torch.cat(found, 2)
-        g = g if scale is None else g * scale
+        g = g if pulled.scale is None else g * pulled.scale
         key = self.names if self.form is None else (*self.names, repr(self.form[1:]), str(id(self.rule)))
-        a = None if cache is None else cache.get(key)
+        a = pulled.cache.get(key)
         if a is None:
             parts = [_by_example(self.rule.activations(uses[i]), one) for i, one in zip(own, places, strict=True)]
             # Several uses of one weight are positions of one use.
             a = parts[0] if len(parts) == 1 else torch.cat([part[:] for part in parts], 1)
-            if cache is not None:
-                cache[key] = a
+            pulled.cache[key] = a
         rows = self.rule.rows(self._restricted(uses[own[0]]), a, selection.take(g), selection.example)
         if (self.stored or self.viewed) and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
@@ -164,23 +155,21 @@ class RuledUnit(Unit):
         whole = v.new_zeros(len(v), *use.output_shape) if gradient is None else gradient.to(v.dtype)
         return use.rule.gradients(use, whole)
 
-    def measure(self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows) -> None:
+    def measure(self, pulled: Pulled, rows: UnitRows) -> None:
         """Learn the sizes from rows of a first pass."""
-        own = self.of(uses)
-        place = arrangements[own[0]]
-        self.place = self.reason = "" if place is None else place.described(uses[own[0]].lead)
+        own = self.of(pulled.uses)
+        place = pulled.arrangements[own[0]]
+        self.place = self.reason = "" if place is None else place.described(pulled.uses[own[0]].lead)
         self._none = rows.reordered(torch.arange(0)).compact()
         if isinstance(rows, FactoredRows):
             self.shape = rows.positions, rows.inputs + rows.bias, rows.outputs
         elif isinstance(rows, SparseRows):
-            positions = sum(uses[i].lead.numel() for i in own) // rows.count
+            positions = sum(pulled.uses[i].lead.numel() for i in own) // rows.count
             self.numbers = positions * (rows.values.shape[1] + 2)
 
-    def confirmed(
-        self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows, weight: torch.Size
-    ) -> Unit:
+    def confirmed(self, pulled: Pulled, rows: UnitRows, weight: torch.Size) -> Unit:
         """Itself, with its sizes known; ``weight`` is the shape of its first parameter."""
-        self.measure(uses, arrangements, rows)
+        self.measure(pulled, rows)
         if isinstance(rows, FactoredRows) and weight[:1] != (rows.inputs if rows.transposed else rows.outputs,):
             self.shape, self.viewed = None, True
             self._none = StoredRows(self._none.dense())
@@ -226,13 +215,7 @@ class RuledUnit(Unit):
 
 
 class SharedUnit(RuledUnit):
-    """One parameter under several rules, or beside several others: its row is the sum of what each brings.
-
-    Args:
-        name: the parameter.
-        forms: of its uses.
-        numbers: as in `Unit`.
-    """
+    """One parameter under several rules, or beside several others: its row is the sum of what each brings."""
 
     def __init__(self, name: str, forms: Sequence[Form], numbers: int) -> None:
         super().__init__((name,), forms[0][0], numbers)
@@ -243,27 +226,22 @@ class SharedUnit(RuledUnit):
         """Of all its rules."""
         return " + ".join(dict.fromkeys(part.rule.name for part in self.parts))
 
-    def made(
-        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
-        v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B 1 1"] | None = None,
-    ) -> UnitSlot | None:  # fmt: skip
+    def made(self, pulled: Pulled) -> UnitSlot | None:
         """As in `RuledUnit`; a part that the batch does not use has rows of zeros."""
-        found = [part.made(uses, gradients, arrangements, v, selection, cache, scale) for part in self.parts]
+        found = [part.made(pulled) for part in self.parts]
         made = [slot.rows for slot in found if slot is not None]
         if len(made) < len(found):
             return None
         rows = SumRows.of(made)
         return UnitSlot(self.names, StoredRows(rows.dense()) if self.stored else rows)
 
-    def measure(self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows) -> None:
+    def measure(self, pulled: Pulled, rows: UnitRows) -> None:
         """As in `RuledUnit`."""
-        selection = RowSelection(1, rows.count, rows.floating.device)
+        nothing = replace(pulled, gradients=[None] * len(pulled.uses))
         for part in self.parts:
-            like = rows.floating.new_zeros(1, rows.count)
-            slot = part.made(uses, [None] * len(uses), arrangements, like, selection)
+            slot = part.made(nothing)
             if slot is not None:
-                part.measure(uses, arrangements, slot.rows)
+                part.measure(pulled, slot.rows)
         self.place = self.reason = f"the sum of {len(self.parts)} uses' rows; {self.parts[0].place}"
 
     def choose(self, vectors: int, lean: bool) -> None:
@@ -282,32 +260,24 @@ class SharedUnit(RuledUnit):
 
 
 class DerivedUnit(RuledUnit):
-    """Parameters of which something was made before it met data: rows of that by its function's rule, pulled back.
-
-    Args:
-        sizes: of the parameters that are made something of together, by name.
-        rules: of the functions that met data.
-    """
+    """Parameters of which something was made before it met data: rows of that by its function's rule, pulled back."""
 
     def __init__(self, sizes: Mapping[str, int], rules: Sequence[Rule]) -> None:
         super().__init__(tuple(sizes), rules[0], sum(sizes.values()))
         self.sizes, self.rules = dict(sizes), tuple(rules)
 
-    def made(
-        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
-        v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B 1 1"] | None = None,
-    ) -> UnitSlot | None:  # fmt: skip
+    def made(self, pulled: Pulled) -> UnitSlot | None:
         """As in `RuledUnit`; rows are sums over all that was made."""
-        own = self.of(uses)
+        own = self.of(pulled.uses)
         if not own:
-            return super().made(uses, gradients, arrangements, v, selection)
+            return super().made(pulled)
         totals: dict[str | Derived, Tensor] = {}
         for i in own:
-            use = uses[i]
+            use = pulled.uses[i]
             seen = replace(use, turned=use.turned and isinstance(use.weight, str))
             unit = RuledUnit(use.names, use.rule, 0)
-            one = unit.made((seen,), (gradients[i],), (arrangements[i],), v, selection, None, scale)
+            alone = (seen,), (pulled.gradients[i],), (pulled.arrangements[i],)
+            one = unit.made(Pulled(*alone, pulled.v, pulled.selection, pulled.scale))
             if one is None:
                 return None
             places = zip(use.sources, (use.rule.weight_name, use.rule.bias_name), strict=True)
@@ -327,9 +297,9 @@ class DerivedUnit(RuledUnit):
         """Whether a use is under a rule that was not verified, or makes something with other parameters."""
         return use.rule not in self.rules or not set(use.names) <= set(self.names)
 
-    def measure(self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows) -> None:
+    def measure(self, pulled: Pulled, rows: UnitRows) -> None:
         """As in `RuledUnit`."""
-        super().measure(uses, arrangements, rows)
+        super().measure(pulled, rows)
         self.reason = f"{self.place}; through a function of parameters"
 
 
@@ -342,21 +312,18 @@ class SlicedUnit(RuledUnit):
 
     kept = (0, 0)
 
-    def made(
-        self, uses: Sequence[Use], gradients: Sequence[Tensor | None], arrangements: Sequence[Arrangement | None],
-        v: Float[Tensor, "k B ..."], selection: RowSelection,
-        cache: dict[tuple[str, ...], Any] | None = None, scale: Float[Tensor, "#k B 1 1"] | None = None,
-    ) -> UnitSlot | None:  # fmt: skip
+    def made(self, pulled: Pulled) -> UnitSlot | None:
         """As in `RuledUnit`."""
+        uses, v, selection = pulled.uses, pulled.v, pulled.selection
         own = self.of(uses)
         if not own:
-            return super().made(uses, gradients, arrangements, v, selection)
+            return super().made(pulled)
         inputs, arrived, index, owner = [], [], [], []
         for i in own:
-            use, one = uses[i], arrangements[i]
+            use, one = uses[i], pulled.arrangements[i]
             if one is None or use.slices is None:
                 return None
-            g = self._entries(use, gradients[i], v)
+            g = self._entries(use, pulled.gradients[i], v)
             each = g.shape[2]
             arrived.append(g.flatten(1, 2))
             inputs.append(use.rule.activations(use)[:].flatten(0, 1))
@@ -365,11 +332,11 @@ class SlicedUnit(RuledUnit):
         g, a, which, whose = torch.cat(arrived, 1), torch.cat(inputs), torch.cat(index), torch.cat(owner)
         some = ((which >= 0) & (whose >= 0)).nonzero().squeeze(1)
         g, a, which, whose = g[:, some], a[some], which[some], whose[some]
-        if scale is not None:
-            g = g * scale[:, whose, 0]
+        if pulled.scale is not None:
+            g = g * pulled.scale[:, whose, 0]
         use = self._restricted(uses[own[0]])
         if isinstance(use.rule, LinearRule) and use.weight is not None:
-            known = {} if cache is None else cache.setdefault(self.names, {})
+            known = pulled.cache.setdefault(self.names, {})
             rows: UnitRows = SlicedRows.gathered(
                 a, g, which, whose, selection, self.numbers // (a.shape[1] * g.shape[2]),
                 transposed=use.rule.transposed != self.turned, cache=known,
@@ -379,13 +346,13 @@ class SlicedUnit(RuledUnit):
             rows = _tabled(values.unflatten(0, (-1, len(v))), which, whose, selection, self.numbers // values.shape[1])
         return UnitSlot(self.names, StoredRows(rows.dense()) if self.stored else rows)
 
-    def measure(self, uses: Sequence[Use], arrangements: Sequence[Arrangement | None], rows: UnitRows) -> None:
+    def measure(self, pulled: Pulled, rows: UnitRows) -> None:
         """As in `RuledUnit`."""
-        own = self.of(uses)
-        place = arrangements[own[0]]
-        self.place = "" if place is None else f"slices {place.described(uses[own[0]].lead)}"
+        own = self.of(pulled.uses)
+        place = pulled.arrangements[own[0]]
+        self.place = "" if place is None else f"slices {place.described(pulled.uses[own[0]].lead)}"
         self._none = rows.reordered(torch.arange(0)).compact()
-        positions = -(-sum(uses[i].lead.numel() for i in own) // rows.count)
+        positions = -(-sum(pulled.uses[i].lead.numel() for i in own) // rows.count)
         if isinstance(rows, SlicedRows):
             self.kept = positions * rows.none.inputs, positions * rows.none.outputs
         elif isinstance(rows, SparseRows):

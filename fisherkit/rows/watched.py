@@ -3,25 +3,30 @@
 The pass itself shows whose they are where all functions on the way keep the batch's axis apart (`rows.batch_axis`);
 that costs no arithmetic. Elsewhere one more backward pass shows it (`rows.ownership`), which output vectors that go
 through the graph together share. Knows rules by their entries alone, and no rows.
+
+A custom ``autograd.Function`` that calls layers inside, as checkpoints and reversible blocks of other libraries do,
+shows none of their parameters: they would count as unused, and their rows as zeros. Owns telling the two apart, and
+telling from a graph that nothing else reaches a parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fisherkit.data import Batch
-from fisherkit.errors import ModelError
+from fisherkit.errors import ModelError, listed
 from fisherkit.rows.batch_axis import Axis
-from fisherkit.rows.differentiable import pulled_back
-from fisherkit.rows.hidden import custom_functions, graph_of
+from fisherkit.rows.differentiable import functional_call, kept_whole, pulled_back, version_of
 from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
@@ -29,27 +34,18 @@ from fisherkit.rows.rules import Use
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """A forward pass.
+    """A forward pass of ``batch`` examples to outputs ``z``, and the uses of chosen parameters under a rule.
 
     Args:
-        batch: number of examples.
-        z: the outputs, ``[B, ...]``.
-        uses: of chosen parameters under a rule.
         outside_rules: chosen parameters that functions without a rule used.
         coarsest: the floating dtype that rounds most, of all that is differentiated.
         proven: whether the pass shows whose the entries of uses with an axis are.
         by_owner: whether it is looked at which entries outputs depend on, whatever the pass shows.
-        random: whether dropout was active.
-        casts: whether a module was cast in place.
+        random, casts, packed: as of a `Recorder`.
         hooked: whether a hook was put on a tensor or a node of the graph, which may change gradients.
         exchanging: whether hooks may hand gradients to other examples; not if the probe's were seen not to.
-        packed: as of a `Recorder`.
+        met, read, decided, placed: as of a `Tracker`; ``numbers`` likewise, as one.
         positions: how many positions of the inputs the outputs keep apart; 0 if that is not shown, or not looked at.
-        met: as of a `Tracker`.
-        read: likewise.
-        decided: likewise.
-        numbers: likewise, as one.
-        placed: likewise.
     """
 
     batch: int
@@ -117,7 +113,11 @@ class Watched:
     @cached_property
     def shown(self) -> list[Regular | None]:
         """Whose the entries of each use are, by the pass itself; None where it does not show it."""
-        return [self._regular(use) for use in self.uses]
+        if self.by_owner:
+            return [None] * len(self.uses)
+        if self.batch == 1:
+            return [Regular(1, use.lead.numel()) for use in self.uses]
+        return [None if self.exchanging else self._by_axis(use) for use in self.uses]
 
     @property
     def regular(self) -> bool:
@@ -142,7 +142,7 @@ class Watched:
     @cached_property
     def graph(self) -> dict[Node, Sequence[Node]]:
         """The nodes of the outputs' graph, each with those that follow it."""
-        return graph_of(self.z)
+        return graph_of(self.z.grad_fn)
 
     @property
     def by_content(self) -> bool:
@@ -198,11 +198,10 @@ class Watched:
     def arrangements(
         self, gradients: Sequence[Tensor | None], multiplied: Sequence[Sequence[Tensor | None]]
     ) -> list[Arrangement | None]:
-        """How the entries of each use lie; None where one belongs to several examples.
+        """How the entries of each use lie, by gradients there; None where one belongs to several examples.
 
-        Args:
-            gradients: at the uses, for one output vector an example.
-            multiplied: for the same as `multiplied` makes them; none where the pass itself shows whose all entries are.
+        ``multiplied`` are those that `multiplied` makes for the same vectors; none where the pass itself shows whose
+        all are.
         """
         return [
             shown or self._asked(use, gradient, [one[i] for one in multiplied])
@@ -224,14 +223,6 @@ class Watched:
         if batched:
             return torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
         return pulled_back(self.z, edges, v, keep=keep)
-
-    def _regular(self, use: Use) -> Regular | None:
-        """By the pass itself."""
-        if self.by_owner:
-            return None
-        if self.batch == 1:
-            return Regular(1, use.lead.numel())
-        return None if self.exchanging else self._by_axis(use)
 
     def _by_axis(self, use: Use) -> Regular | None:
         lead = use.lead
@@ -269,3 +260,123 @@ def _merged(example: Axis | None, position: Axis | None, batch: int, positions: 
         return Axis(1, outer=batch)
     merged = example == Axis(0, inner=positions) and position == Axis(0, outer=batch)
     return Axis(0) if merged else None
+
+
+def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, z: Tensor) -> None:
+    """Refuse parameters without a gradient that a custom function's outputs change with."""
+    if not custom_functions(graph_of(z.grad_fn)):
+        return
+    generator = torch.Generator().manual_seed(0)
+    moved = {
+        name: p.detach() + (0.1 + p.detach().abs()) * torch.randn(p.shape, generator=generator).to(p)
+        for name, p in unused.items()
+    }
+    with kept_whole(model):
+        again = batch.call(lambda *args, **kwargs: functional_call(model, moved, args, kwargs)).detach()
+    if again.shape == z.shape and bool((again - z).norm() <= 1e-6 * z.norm()):
+        return
+    raise ModelError(
+        call="the Fisher of this model",
+        got=f"outputs that depend on parameters which autograd does not see: {listed(map(repr, unused), 4)}",
+        expected="a graph that leads to every parameter that the outputs depend on",
+        why="a custom autograd function hides the layers that it calls, as reentrant checkpoints do",
+        try_="checkpoints with use_reentrant=False, or params= without these parameters",
+    )
+
+
+def custom_functions(nodes: Iterable[Node]) -> frozenset[str]:
+    """Names of the autograd functions written in Python among nodes."""
+    return frozenset(node.name() for node in nodes if _is_custom(node))
+
+
+def _is_custom(node: object) -> bool:
+    return isinstance(node, BackwardCFunction)
+
+
+def refuse_reentrant(
+    z: Tensor, nodes: Collection[Node], hidden: Sequence[str], call: str, *, cut: bool = False
+) -> None:
+    """Refuse checkpoints with use_reentrant=True that hide uses, or that a gradient on its way to one must pass.
+
+    Between z and the ``nodes`` of the uses' outputs. Uses of ``hidden`` parameters were not seen; ``cut`` if these were
+    used without a graph, of which nothing is left to look at.
+
+    Raises:
+        ModelError: there is one.
+    """
+    wanted = set(nodes)
+    checkpoints = [node for node in graph_of(z.grad_fn) if "CheckpointFunction" in node.name()]
+    if not cut and (
+        not checkpoints or not (hidden or any(node in wanted for one in checkpoints for node in graph_of(one)))
+    ):
+        return
+    what = f"around {listed(map(repr, hidden), 3)}" if hidden else "between the outputs and chosen parameters"
+    raise ModelError(
+        call=call,
+        got=f"a checkpoint with use_reentrant=True {what}",
+        expected="use_reentrant=False",
+        why="its graph shows no layer, and brings gradients only to .backward()",
+        try_="checkpoint(..., use_reentrant=False), or with transformers "
+        'gradient_checkpointing_kwargs={"use_reentrant": False}',
+    )
+
+
+def uses_are_all(
+    z: Tensor, graph: Mapping[Node, Sequence[Node]], uses: Sequence[Use], parameters: Mapping[str, Tensor]
+) -> bool:
+    """Whether the graph shows that outputs depend on parameters through these uses alone, whose inputs are unchanged.
+
+    Cost: a look at the graph, which is z's `graph_of`.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    own: dict[Node, set[str]] = {}
+    inputs: dict[Node, list[Node]] = {}
+    for use in uses:
+        x = use.input
+        if version_of(x) != use.version:
+            return False
+        own.setdefault(use.edge.node, set()).update(use.names)
+        inputs.setdefault(use.edge.node, []).extend([get_gradient_edge(x).node] if x.requires_grad else [])
+
+    if missing := [node for node in (*own, *itertools.chain(*inputs.values())) if node not in graph]:
+        graph = {**graph, **_followed(missing, graph, _following)}  # of what the outputs do not depend on
+    # Of the parameters' own nodes, which nothing follows.
+    leaves = {node: names.get(id(getattr(node, "variable", None))) for node, after in graph.items() if not after}
+
+    def before(starts: Iterable[Node | None], stops: Collection[Node]) -> Iterable[Node]:
+        return _followed(starts, stops, graph.__getitem__)
+
+    between = before((z.grad_fn, *(node for read in inputs.values() for node in read)), own)
+    if any(leaves.get(node) is not None for node in between):
+        return False
+    for output, chosen in own.items():
+        for node in before(graph[output], inputs[output]):
+            name = leaves.get(node)
+            if node in own or _is_custom(node) or not (name is None or name in chosen):
+                return False
+    return True
+
+
+def graph_of(start: Node | None) -> dict[Node, Sequence[Node]]:
+    """The nodes of a graph from one on, each with those that follow it on the way to the leaves."""
+    return _followed((start,), (), _following)
+
+
+def _following(node: Node) -> list[Node]:
+    return [following for following, _ in node.next_functions if following is not None]
+
+
+def _followed(
+    starts: Iterable[Node | None], stops: Collection[Node], follow: Callable[[Node], Sequence[Node]]
+) -> dict[Node, Sequence[Node]]:
+    seen = set(stops)
+    pending = [node for node in dict.fromkeys(starts) if node is not None and node not in seen]
+    seen.update(pending)
+    found: dict[Node, Sequence[Node]] = {}
+    for node in pending:  # which grows
+        found[node] = follow(node)
+        for following in found[node]:
+            if following not in seen:
+                seen.add(following)
+                pending.append(following)
+    return found

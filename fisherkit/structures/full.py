@@ -12,8 +12,7 @@ from fisherkit.operators import FisherOperator
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
 from fisherkit.rows.chunks import Chunk
-from fisherkit.rows.collection import Rows, RowSource
-from fisherkit.rows.largest import LargestRows, squared_norms
+from fisherkit.rows.collection import LargestRows, Rows, RowSource, squared_norms
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.shared import SharedRows, shared
 from fisherkit.structures.base import Part, Parts, Structure, Sums

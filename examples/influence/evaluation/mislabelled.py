@@ -20,7 +20,7 @@ from examples.influence.evaluation.statistics import (
 )
 from fisherkit.data import Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
-from fisherkit.rows.first_batch import plan_of
+from fisherkit.rows.verified import plan_of
 from fisherkit.space import ParameterSpace
 
 
