@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kfac-refresh": {"damping": 1e-2, "structure": "kfac", "ema": 0.9, "refresh_every": 3},
     "kfac-gram-sum": {"gram_damping": 1e-2, "structure": "kfac", "update_every": 3, "reduction": "sum"},
     "ekfac": {"damping": 1e-2, "structure": "ekfac", "ema": 0.9, "refresh_every": 2, "momentum": 0.5},
-    "steady-every": {"kind": "exact", "damping": fk.optim.SteadyDamping(10.0), "structure": "kfac", "ema": 0.5,
+    "layer-every": {"kind": "exact", "damping": fk.optim.LayerDamping(10.0), "structure": "kfac", "ema": 0.5,
                      "update_every": 2, "trust_region": 1e-3},
     "ekfac-sf": {"kind": "sf", "damping": 1e-2, "structure": "ekfac", "ema": 0.9, "update_every": 3},
 }  # fmt: skip
@@ -140,15 +140,22 @@ def test_load__of_another_kind_structure_or_damping_is_refused(own: str, loaded:
         getattr(target, part).load_state_dict(getattr(source, part).state_dict())
 
 
-def test_load__of_a_state_of_before_least_scales_were_kept() -> None:
-    old, new = Run(SETTINGS["kfac"], True), Run(SETTINGS["kfac"], True)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_load__of_a_state_of_before_momentum_was_kept(momentum: float) -> None:
+    old, new, whole = (Run({**SETTINGS["kfac"], "layer_rms": 0.1}, True) for _ in range(3))
+    for run in (old, new, whole):
+        assert run.preconditioner is not None
+        run.preconditioner._curvature.momentum = momentum
     old.steps(0, CUT)
     state = through_file(old.state())
-    known = {k: v for k, v in state["preconditioner"].items() if k not in {"least", "checksum"}}
-    new.load({**state, "preconditioner": with_checksum(known)})
-    for run in (old, new):
+    assert ("momentum" in state["preconditioner"]) == (momentum > 0)
+    whole.load(through_file(state))
+    known = {k: v for k, v in state["preconditioner"].items() if k not in {"momentum", "checksum"}}
+    new.load({**state, "preconditioner": with_checksum({**known, "least": 0.1})})
+    for run in (old, new, whole):
         run.steps(CUT, STEPS)
-    assert torch.equal(flat(old.model), flat(new.model))
+    assert torch.equal(flat(old.model), flat(whole.model))
+    assert torch.equal(flat(old.model), flat(new.model)) == (momentum == 0)
 
 
 def test_load__of_another_optimizers_state_is_refused() -> None:

@@ -94,10 +94,10 @@ def natural(**options: Any) -> Start:
 
 
 def preconditioned(**options: Any) -> Start:
-    """`fisherkit.optim.Preconditioner` before SGD with momentum."""
+    """`fisherkit.optim.Preconditioner`, whose defaults have momentum, before SGD."""
 
     def make(model: nn.Module, rate: float) -> tuple[Sequence[torch.optim.Optimizer], fk.optim.Preconditioner]:
-        sgd = torch.optim.SGD(trained_parameters(model).values(), lr=rate, momentum=0.9)
+        sgd = torch.optim.SGD(trained_parameters(model).values(), lr=rate)
         return [sgd], fk.optim.Preconditioner(model, params=_trained, **options)
 
     return make
@@ -116,7 +116,7 @@ METHODS: Mapping[str, Method] = {
     ),
     **{
         f"{structure}-{kind.replace(':', '')}": Method(
-            f"Preconditioner, {structure} of {name}", (0.03, 0.1, 0.3, 1.0),
+            f"Preconditioner, {structure} of {name}", (0.003, 0.01, 0.03, 0.1),
             preconditioned(kind=kind, structure=structure),
         )
         for structure in STRUCTURES

@@ -4,9 +4,9 @@
 kind for both.
 """
 
-from fisherkit.optim.averages import SteadyDamping
+from fisherkit.optim.averages import LayerDamping
 from fisherkit.optim.natural_gradient import NaturalGradient
 from fisherkit.optim.preconditioner import Preconditioner
 from fisherkit.optim.row_damping import RowDamped
 
-__all__ = ["NaturalGradient", "Preconditioner", "RowDamped", "SteadyDamping"]
+__all__ = ["LayerDamping", "NaturalGradient", "Preconditioner", "RowDamped"]

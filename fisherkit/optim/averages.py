@@ -5,7 +5,6 @@ The records that outlive a step are all that a file must hold.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkit.operators import FisherOperator
+from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.linalg import checked_together
 from fisherkit.processes import Processes
@@ -31,12 +30,11 @@ FLOOR = torch.finfo(torch.float32).tiny ** 0.5
 
 
 @dataclass(frozen=True)
-class SteadyDamping:
-    """λ as a multiple of the least mean eigenvalue that a running average of F has had up to now.
+class LayerDamping:
+    """λ of each layer as a multiple of its block's mean eigenvalue: λₗ = scale · trace(Fₗ) / Dₗ.
 
-    iEF grows by orders of magnitude while a model is trained, as activations do, and a damping relative to it would
-    grow with it; the exact kind shrinks as examples are fit, and a constant damping would then outweigh it. For the
-    optimizers of this package with structures of layers; everything else refuses it.
+    A step then looks the same at whatever scale a layer's F is, which differs by orders of magnitude between layers and
+    while a model is trained. For the optimizers of this package with structures of layers; everything else refuses it.
 
     Args:
         scale: the multiple, not negative.
@@ -46,22 +44,29 @@ class SteadyDamping:
 
     def __post_init__(self) -> None:
         """Check the scale."""
-        check_damping(self.scale, "SteadyDamping")
+        check_damping(self.scale, "LayerDamping")
+
+    def factorize(self, operator: FisherOperator) -> list[Factorization]:
+        """(Fₗ + λₗI)⁻¹ of each block; λₗ is 1 as long as Fₗ is 0."""
+        blocks = operator._blocks()
+        traces = torch.stack([block._trace() for block in blocks]).tolist()
+        means = (trace / block.size for trace, block in zip(traces, blocks, strict=True))
+        dampings = (max(self.scale * mean, FLOOR) if mean > 0 else 1.0 for mean in means)
+        return [block.factorize(own) for block, own in zip(blocks, dampings, strict=True)]
 
 
 class Averages:
     """F in a structure of layers, averaged over updates: F ← ema · F + (1 − ema) · F_batch, the first as it is.
 
     Kronecker factors are averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
-    ``settings`` are the structure's; ``records`` are of the last update, by unit and label; ``least`` is the least mean
-    eigenvalue that F has had, without updates in which it was 0.
+    ``settings`` are the structure's; ``records`` are of the last update, by unit and label.
     """
 
     def __init__(self, structure: type[Structure], *, ema: float, refresh_every: int, **settings: Any) -> None:
         self.structure, self.ema, self.refresh_every = structure, ema, refresh_every
         self.settings = {**settings, "averaged": ema > 0}
         self.records: dict[tuple[Names, str], UnitSums] = {}
-        self.updates, self.least = 0, math.inf
+        self.updates = 0
         self._space: tuple[ParameterSpace, ParameterSpace] | None = None
 
     def update(
@@ -88,12 +93,6 @@ class Averages:
         structure = self.structure(space, like.dtype, like.device, (), **self.settings)
         last = {names: unit for (names, _), unit in self.records.items()}
         return structure.operator(LayerSums(structure, last), 1.0)  # type: ignore[arg-type]  # a structure of layers
-
-    def steady(self, operator: FisherOperator, damping: SteadyDamping) -> float:
-        """λ, after an update that made this operator; 1 as long as F is 0."""
-        mean = float(operator._trace()) / operator.size
-        self.least = min(self.least, mean if mean > 0 else math.inf)
-        return max(damping.scale * self.least, FLOOR) if self.least < math.inf else 1.0
 
     def space(self, whole: ParameterSpace) -> ParameterSpace:
         """The parameters of the last update."""

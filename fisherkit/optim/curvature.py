@@ -5,7 +5,6 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +28,7 @@ from fisherkit.errors import (
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
-from fisherkit.optim.averages import Averages, SteadyDamping
+from fisherkit.optim.averages import Averages, LayerDamping
 from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import check_reduction, explained
 from fisherkit.optim.passes import Captured, lifted
@@ -59,7 +58,7 @@ class Curvature:
     def __init__(
         self, model: nn.Module, *, params: Selection, rule: OutputRule, likelihood: str | Likelihood | nn.Module,
         structure: str, gram: bool, reduction: str, ema: float, update_every: int, refresh_every: int,
-        kfac_positions: str, max_rank: int | None, group: Group, call: str,
+        kfac_positions: str, max_rank: int | None, group: Group, call: str, momentum: float = 0.0,
     ) -> None:  # fmt: skip
         check_choice(call, "reduction", reduction, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
@@ -74,16 +73,19 @@ class Curvature:
         check_count(call, "update_every", update_every)
         check_count(call, "refresh_every", refresh_every)
         check_count(call, "max_rank", max_rank, optional=True)
-        if not is_number(ema) or not 0 <= ema < 1:
-            raise InvalidArgumentError(call=call, got=f"ema={ema!r}", expected="a number from 0 to below 1")
-        if chosen.keeps_rows and (ema > 0 or update_every > 1):
+        for name, value in (("ema", ema), ("momentum", momentum)):
+            if not is_number(value) or not 0 <= value < 1:
+                raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected="a number from 0 to below 1")
+        if chosen.keeps_rows and (ema > 0 or update_every > 1 or momentum > 0):
+            got = f"structure={structure!r} with ema={ema} and update_every={update_every}"
             raise InvalidArgumentError(
-                call=call, got=f"structure={structure!r} with ema={ema} and update_every={update_every}",
-                expected="ema=0 and update_every=1", why="its rows are those of one batch",
+                call=call, got=got + (f" and momentum={momentum}" if momentum else ""),
+                expected=f"ema=0 and update_every=1{' and momentum=0' if momentum else ''}",
+                why="its rows are those of one batch",
                 try_='structure="kfac" or "ekfac"',
             )  # fmt: skip
         self.call, self.structure, self.gram, self.reduction = call, structure, gram, reduction
-        self.update_every = update_every
+        self.update_every, self.momentum = update_every, momentum
         self.rule = rule
         self._power = rule.gradient_power if gram and chosen.keeps_rows else None
         self.capture = (Replay if is_fully_sharded(model) else Capture)(
@@ -99,8 +101,8 @@ class Curvature:
             self.capture.offset = self.processes.rank << 32
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
-        self._inverse: tuple[Damping, Factorization] | None = None
-        self._steady = 0.0  # λ of the operator, if it is to be a `SteadyDamping`
+        self._inverse: tuple[Damping | LayerDamping, list[Factorization]] | None = None
+        self._momentum: dict[str, Tensor] = {}
 
     @property
     def due(self) -> bool:
@@ -154,7 +156,7 @@ class Curvature:
         return False
 
     def direction(
-        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], damping: Damping | SteadyDamping
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], damping: Damping | LayerDamping
     ) -> tuple[ParameterSpace, Direction]:
         """Δ for the mean gradient, after an update if one is due.
 
@@ -170,7 +172,7 @@ class Curvature:
             ModelError: no forward and backward pass was seen, or passes that do not fit together.
             SingularMatrixError: the damping is too small; another try needs no other backward pass in the full and
                 block structures.
-            InvalidArgumentError: a `SteadyDamping` of a structure that keeps rows.
+            InvalidArgumentError: a `LayerDamping` of a structure that keeps rows.
         """
         due = self.due
         processes = self.processes
@@ -196,10 +198,10 @@ class Curvature:
             self.examples, self._operator, self._inverse = examples, None, None
             self._warn_of_ignored(captured, gradients, space)
         if self.averages.structure.keeps_rows:
-            if isinstance(damping, SteadyDamping):
+            if isinstance(damping, LayerDamping):
                 raise InvalidArgumentError(
                     call=self.call, got=f"{damping} with structure={self.structure!r}", expected="a number",
-                    why="a structure that keeps rows has no average whose least scale could be followed",
+                    why="a structure that keeps rows is no product of layers",
                     try_=f"damping=fk.RelativeDamping({damping.scale:g}), a multiple of this batch's mean eigenvalue",
                 )  # fmt: skip
             try:
@@ -284,19 +286,25 @@ class Curvature:
         sums = structure.empty().added(chunks)
         operator = structure.operator(sums if processes is None else sums.met(processes), 1 / self.examples)
         inverse = operator.factorize(self._effective(damping))
-        return damped(inverse, self._mean(gradients, plan.space, self.examples))
+        return damped(plan.space, [inverse], self._mean(gradients, plan.space, self.examples))
 
     def _averaged(
-        self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping | SteadyDamping
+        self, space: ParameterSpace, gradient: Float[Tensor, "D"], damping: Damping | LayerDamping
     ) -> Direction:  # fmt: skip
         if self._operator is None:
             self._operator, self._inverse = self.averages.operator(space, gradient), None
-            if isinstance(damping, SteadyDamping):
-                self._steady = self.averages.steady(self._operator, damping)
-        effective = self._steady if isinstance(damping, SteadyDamping) else self._effective(damping)
+        effective = damping if isinstance(damping, LayerDamping) else self._effective(damping)
         if self._inverse is None or self._inverse[0] != effective:
-            self._inverse = effective, self._operator.factorize(effective)
-        return damped(self._inverse[1], gradient)
+            if isinstance(effective, LayerDamping):
+                self._inverse = effective, effective.factorize(self._operator)
+            else:
+                self._inverse = effective, [self._operator.factorize(effective)]
+        if self.momentum:
+            old, mu = self._momentum, self.momentum
+            new = [g.add(old[n], alpha=mu) if n in old else g for n, g in space.unflatten(gradient).items()]
+            gradient = torch.cat([m.flatten() for m in new])
+            self._momentum = space.unflatten(gradient)
+        return damped(space, self._inverse[1], gradient)
 
     def _effective(self, damping: Damping) -> Damping:
         """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
@@ -356,9 +364,8 @@ class Curvature:
             "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
             "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
             "updates": self.averages.updates, "averages": self.averages.state(),
-            "least": self.averages.least,
         }  # fmt: skip
-        return with_checksum(state)
+        return with_checksum({**state, "momentum": dict(self._momentum)} if self._momentum else state)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that steps cannot go on from: of another kind, structure or damping, or damaged."""
@@ -387,7 +394,8 @@ class Curvature:
                 call=f"{self.call}.load_state_dict", got=f"a state whose averages cannot be read ({error!r})",
                 expected=f"one that {self.call}.state_dict() made",
             ) from error  # fmt: skip
-        self.averages.least = state.get("least", math.inf)  # which states of before lack
+        momentum = state.get("momentum", {}) if self.momentum else {}  # which states of before lack
+        self._momentum = {name: m.to(own_parameters[name].device, copy=True) for name, m in momentum.items()}
         self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
         self._operator = self._inverse = None
         self._expect()
@@ -475,7 +483,7 @@ def check_damping_choice(damping: object, gram_damping: object, call: str) -> No
             try_="gram_damping=1e-3 for the paper's update, damping=1e-2 for (F + λI)⁻¹ times the mean gradient",
         )  # fmt: skip
     value, name = (damping, "damping") if gram_damping is None else (gram_damping, "gram_damping")
-    if isinstance(value, RelativeDamping | SteadyDamping) and gram_damping is None:
+    if isinstance(value, RelativeDamping | LayerDamping) and gram_damping is None:
         return
     check_number(call, name, value)
 

@@ -16,7 +16,7 @@ from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, l
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.averages import SteadyDamping
+from fisherkit.optim.averages import LayerDamping
 from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule, whole_model
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
@@ -55,7 +55,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: learning rate.
         kind: "ef", "ief", "sf", "exact" or "truncated", its setting after a colon as in `fk.evaluation.compare`
             ("truncated:2") or among ``options``; or an object of `fisherkit.OutputRule`.
-        damping: λ beside F, or `fisherkit.RelativeDamping`, or for structures of layers `SteadyDamping`.
+        damping: λ beside F, or `fisherkit.RelativeDamping`, or for structures of layers `LayerDamping`.
         gram_damping: λ beside the Gram matrix of unreduced gradients.
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
         momentum: μ of m ← μ m + Δ, which takes Δ's place.
@@ -101,7 +101,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: float,
         *,
         kind: str | OutputRule = "ief",
-        damping: Damping | SteadyDamping | None = None,
+        damping: Damping | LayerDamping | None = None,
         gram_damping: float | None = None,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
@@ -308,7 +308,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return self._curvature.capture.__getstate__()
 
 
-_RELATIVE: dict[str, type[RelativeDamping | SteadyDamping]] = {"relative": RelativeDamping, "steady": SteadyDamping}
+_RELATIVE: dict[str, type[RelativeDamping | LayerDamping]] = {"relative": RelativeDamping, "layer": LayerDamping}
 """Dampings that are no numbers, by what states name them."""
 
 _OF_ONE = {"lr", "weight_decay", "momentum"}

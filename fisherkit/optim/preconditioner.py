@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fisherkit.arguments import is_number
 from fisherkit.arithmetic import without_autocast
+from fisherkit.errors import InvalidArgumentError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
-from fisherkit.optim.averages import SteadyDamping
+from fisherkit.optim.averages import LayerDamping
 from fisherkit.optim.curvature import Curvature, checked_rule, whole_model
+from fisherkit.optim.sample_space import with_layer_rms
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
 from fisherkit.space import Selection
@@ -22,19 +26,21 @@ from fisherkit.wrappers import local, shard_like
 
 CALL = "Preconditioner"
 
-DAMPING, TRUST_REGION, UPDATE_EVERY = SteadyDamping(10.0), 0.01, 10
-"""Without a damping of yours: λ, δ, and the steps between updates."""
+DAMPING, MOMENTUM, LAYER_RMS, EMA, UPDATE_EVERY = LayerDamping(0.3), 0.9, 0.2, 0.8, 10
+"""Without a damping of yours."""
 
 
 class Preconditioner:
     """Replaces each gradient by (F + λI)⁻¹ ∇L, between ``loss.backward()`` and the step of any optimizer.
 
         preconditioner = fk.optim.Preconditioner(model, kind="ief", structure="ekfac")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
         loss.backward(); preconditioner.step(); optimizer.step(); optimizer.zero_grad()
 
     Without ``damping=`` and ``gram_damping=``, for structures of layers, all that is left to choose is the optimizer's
-    learning rate: λ is ``SteadyDamping(10)``, δ is 0.01 and ``update_every`` is 10, each unless you pass your own.
+    learning rate, on the scale of AdamW's and Muon's: ``damping`` is ``LayerDamping(0.3)``, ``momentum`` 0.9,
+    ``layer_rms`` 0.2, ``ema`` 0.8 and ``update_every`` 10, each unless you pass your own. The optimizer that follows
+    needs no momentum then.
 
     With ``kind="ief"`` and Kronecker factors this is the paper's ieKFAC (Wu, Yu, Zhang, Woodland, arXiv 2406.06420,
     eq. 43): each example's output gradient is divided by the norm of its logit gradient, activations are as in KFAC.
@@ -48,15 +54,20 @@ class Preconditioner:
         model: the model; call this very object.
         kind: a name such as "ief" or "truncated:2", or an object of `fisherkit.OutputRule`.
         structure: "kfac", "ekfac", "nkp", "diagonal", "block" or "full".
-        damping: λ beside F, or `fisherkit.RelativeDamping`, or `SteadyDamping`.
+        damping: λ beside F, or `fisherkit.RelativeDamping`, or for structures of layers `LayerDamping`.
         gram_damping: λ beside the sum over examples instead of the mean; for EF and iEF in the full and block
             structures, the paper's update, which ``.grad`` is then replaced by.
-        ema: weight of what was before in running averages; None for 0.95, and for 0 with full and block, whose rows are
-            those of a batch.
+        ema: weight of what was before in running averages; None for 0.95 beside a damping of yours, and for 0 with full
+            and block, whose rows are those of a batch.
         update_every: steps between updates, more than 1 for structures of layers; 1 beside a damping of yours.
         refresh_every: updates between eigen-decompositions.
-        trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping); none
-            beside a damping of yours.
+        trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
+        momentum: μ of m ← μ m + ∇L, which takes the place of ∇L before the product with the inverse, for structures of
+            layers; None for 0 beside a damping of yours.
+        layer_rms: root mean square that each module's gradients are scaled to, as a last step (grafting of the norm:
+            0.2 is that of AdamW's updates, and of Muon's with ``adjust_lr_fn="match_rms_adamw"``), so that the learning
+            rate alone says how long steps are; not beside ``trust_region``. None for no scaling beside a damping or a
+            trust region of yours.
         lr: used by ``trust_region``. With 1 the gradients themselves are clipped, and a schedule of the learning rate
             then shortens steps. With the following optimizer's learning rate, a number or a function without arguments,
             the steps are clipped.
@@ -82,7 +93,7 @@ class Preconditioner:
         *,
         kind: str | OutputRule = "ief",
         structure: str = "kfac",
-        damping: Damping | SteadyDamping | None = None,
+        damping: Damping | LayerDamping | None = None,
         gram_damping: float | None = None,
         likelihood: str | Likelihood | nn.Module = "categorical",
         reduction: str = "mean",
@@ -91,6 +102,8 @@ class Preconditioner:
         update_every: int | None = None,
         refresh_every: int = 1,
         trust_region: float | None = None,
+        momentum: float | None = None,
+        layer_rms: float | None = None,
         lr: float | Callable[[], float] = 1.0,
         kfac_positions: str = "expand",
         max_rank: int | None = None,
@@ -101,19 +114,25 @@ class Preconditioner:
         chosen = structure_named(structure, CALL)
         if damping is None and gram_damping is None and not chosen.keeps_rows:
             damping, update_every = DAMPING, UPDATE_EVERY if update_every is None else update_every
-            trust_region = TRUST_REGION if trust_region is None else trust_region
+            momentum, ema = (MOMENTUM if momentum is None else momentum), (EMA if ema is None else ema)
+            layer_rms = LAYER_RMS if layer_rms is None and trust_region is None else layer_rms
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
-        self.damping: Damping | SteadyDamping = (
+        if layer_rms is not None and not (is_number(layer_rms) and 0 < layer_rms < math.inf and trust_region is None):
+            raise InvalidArgumentError(
+                call=CALL, got=f"layer_rms={layer_rms!r} and trust_region={trust_region!r}",
+                expected="a positive number, and trust_region=None", why="each decides how long a step is",
+            )  # fmt: skip
+        self.damping: Damping | LayerDamping = (
             gram_damping if damping is None and gram_damping is not None else damping or 0.0
         )
-        self.trust_region, self._lr = trust_region, lr
+        self.trust_region, self.layer_rms, self._lr = trust_region, layer_rms, lr
         self._curvature = Curvature(
             model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
             ema=ema if ema is not None else 0.0 if chosen.keeps_rows else 0.95,
             update_every=1 if update_every is None else update_every, refresh_every=refresh_every,
             kfac_positions=kfac_positions, max_rank=max_rank,
-            group=group, call=CALL,
+            group=group, call=CALL, momentum=0.0 if momentum is None else momentum,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -121,7 +140,8 @@ class Preconditioner:
         own = self._curvature
         return (
             f"Preconditioner(kind={own.rule.kind_name!r}, structure={own.structure!r}, damping={self.damping}, "
-            f"trust_region={self.trust_region}, update_every={own.update_every})"
+            f"trust_region={self.trust_region}, momentum={own.momentum}, layer_rms={self.layer_rms}, "
+            f"update_every={own.update_every})"
         )
 
     @torch.no_grad()
@@ -146,8 +166,10 @@ class Preconditioner:
                 return
             space, direction = curvature.direction(own, gradients, self.damping)
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
-        strided: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, delta in space.unflatten(update).items():
+        deltas, strided = space.unflatten(update), []
+        if self.layer_rms is not None:
+            deltas = with_layer_rms(deltas, self.layer_rms)
+        for name, delta in deltas.items():
             gradient = own[name].grad
             if gradient is not None and gradient.layout == torch.strided:
                 strided.append((local(gradient), local(shard_like(delta, gradient))))

@@ -13,6 +13,7 @@ from fisherkit.operators import Factorization
 from fisherkit.operators.damped_gram import damped_grams
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.shared import SharedRows
+from fisherkit.space import ParameterSpace
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,32 @@ def gram_direction(
     return Direction(update, curvature)
 
 
-def damped(inverse: Factorization, gradient: Float[Tensor, "D"]) -> Direction:
-    """Δ = (F + λI)⁻¹ g, and ΔᵀFΔ = Δᵀg − λ‖Δ‖² of it."""
-    update = inverse._solve(gradient.unsqueeze(1)).squeeze(1)  # the step has looked at every gradient
+def damped(space: ParameterSpace, inverses: Sequence[Factorization], gradient: Float[Tensor, "D"]) -> Direction:
+    """Δ = (F + λI)⁻¹ g, and ΔᵀFΔ = Δᵀg − λ‖Δ‖² of it, where need be block by block."""
+    names = [inverse.operator.space.names for inverse in inverses]
+    parts = [gradient] if len(inverses) == 1 else [space.take(gradient, own) for own in names]
+    # The step has looked at every gradient.
+    solved = [inverse._solve(g.unsqueeze(1)).squeeze(1) for inverse, g in zip(inverses, parts, strict=True)]
+    update = solved[0] if len(inverses) == 1 else space.join(list(zip(names, solved, strict=True)))
 
     def curvature() -> Float[Tensor, ""]:
-        precise = update.double()
-        return (precise @ gradient.double() - inverse.damping * precise.square().sum()).clamp_min(0)
+        own = [
+            delta.double() @ g.double() - inverse.damping * delta.double().square().sum()
+            for inverse, g, delta in zip(inverses, parts, solved, strict=True)
+        ]
+        return sum(own, torch.zeros_like(own[0])).clamp_min(0)
 
     return Direction(update, curvature)
+
+
+def with_layer_rms(updates: dict[str, Tensor], rms: float) -> dict[str, Tensor]:
+    """Updates by parameter, scaled by one number a module so that its entries' root mean square is this; 0 stays 0."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, update in updates.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(update)
+    found = {}
+    for layer, own in layers.items():
+        norm = torch.stack([update.double().norm() for update in own]).norm()
+        scale = rms * sum(update.numel() for update in own) ** 0.5 / norm
+        found[layer] = scale.masked_fill(norm == 0, 0.0).to(own[0].dtype)
+    return {name: update * found[name.rpartition(".")[0]] for name, update in updates.items()}
