@@ -218,7 +218,12 @@ class Merge:
         texts = [(own.texts(str(model), {f"--data {path}": path}, CALL) or [])[0] for model, path in pairs]
         kind, likelihood = rule_of(self.kind, call=CALL), load_likelihood(texts[0].folder.likelihood, CALL)
         fisher = partial(FisherApproximation, kind=kind, structure=self.structure, likelihood=likelihood)
-        return {"models": [batches.model for batches in texts], "data": texts, "fisher": fisher}
+        models = [batches.model for batches in texts]
+        for same in zip(*(model.named_parameters() for model in models), strict=False):
+            alike = all(name == same[0][0] and torch.equal(own, same[0][1]) for name, own in same)
+            for _, own in same:
+                own.requires_grad_(not alike)  # what no model has changed needs no backward pass
+        return {"models": models, "data": texts, "fisher": fisher}
 
     def _texts(self) -> list[TextBatches]:
         """What the result is checked on, read before anything is merged; nothing without --check."""
