@@ -133,8 +133,16 @@ def test_step__of_gradients_that_are_clipped(way: str, options: dict[str, Any]) 
     net = Net(CHANGES["clipped"], way)
     optimizer = fk.optim.NaturalGradient(net, lr=0.1, damping=0.1, **options)
     if options["kind"] == "ef" and way == "parameter":
+        rows = []
+        for n in range(len(X)):
+            found = torch.autograd.grad(F.cross_entropy(net(X[n : n + 1]), Y[n : n + 1]), list(net.parameters()))
+            rows.append(torch.cat([g.flatten() for g in found]))
+        j, before = torch.stack(rows), nn.utils.parameters_to_vector(net.parameters()).detach()
         F.cross_entropy(net(X), Y).backward()
+        g = torch.cat([p.grad.flatten() for p in net.parameters()])
         optimizer.step()
+        step = torch.linalg.solve(j.mT @ j / len(X) + 0.1 * torch.eye(31, dtype=torch.float64), g)
+        torch.testing.assert_close(nn.utils.parameters_to_vector(net.parameters()).detach(), before - 0.1 * step)
         return
     with pytest.raises(fk.ModelError, match="not linear"):
         net(X)

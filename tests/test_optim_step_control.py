@@ -106,6 +106,14 @@ def test_layer_damping__of_an_own_optimizer_and_of_a_diagonal() -> None:
     close(one_step(of, structure="diagonal", **options), expected)
 
 
+def test_defaults__of_a_diagonal() -> None:
+    of = problem("mlp")
+    diagonal, g = fisher(of, "ief", "diagonal").diagonal(), jacobian(of)[0].mean(0)
+    for place in places(of).values():
+        g[place] = g[place] / (diagonal[place] + 0.3 * diagonal[place].mean())
+    close(stepped(fk.optim.Preconditioner(of.model, kind="ief", structure="diagonal"), of), with_rms(of, g))
+
+
 def test_layer_rms__of_a_gradient_of_zero_is_zero() -> None:
     of = problem("mlp")
     preconditioner = fk.optim.Preconditioner(of.model)

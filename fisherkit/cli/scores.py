@@ -91,14 +91,14 @@ class Scores(ModelOptions):
         Path | None,
         option(
             "FOLDER",
-            "Keep training rows there: an interrupted run goes on from them, and other queries take them as they are. "
-            "Of several processes, a folder in it for each.", "made anew",
+            "Keep training rows there: an interrupted run goes on from them, and other queries take them as they are.",
+            "made anew",
         ),
     ] = None  # fmt: skip
     compress: Annotated[
         float | None,
         option(
-            "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share below 1 of its "
+            "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share up to 1.0 of its "
             "effective dimension, or so many on either side.", "whole rows", min=0,
         ),
     ] = None  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fisherkit.arguments import check_choice, check_count
+from fisherkit.arguments import check_choice, check_count, check_number
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
@@ -127,7 +127,7 @@ class InfluenceScores:
             by: "token" for calls with ``by="token"``; rows without it are for all others, also ``by="module"``.
             compress: keep of each layer's rows what they have in the leading eigenvectors of its Kronecker factors:
                 those of so many on either side (an integer), or the fewest pairs that have this share of the layer's
-                effective dimension Σ e/(e + λ) (a float below 1). Layers without factors stay whole.
+                effective dimension Σ e/(e + λ) (a float, at most 1). Layers without factors stay whole.
             most_error: refuse, before rows are kept, if a query's scores by compressed rows are farther off than
                 this, ‖compressed − whole‖ / ‖whole‖, in the median over the queries.
             queries: on which that is measured; None for the training examples that are checked, each with the others.
@@ -152,6 +152,13 @@ class InfluenceScores:
         reading of the blocks that are there. Compressed, another pass over the examples that are checked.
         """
         check_choice("prepare", "by", by, (None, "token"))
+        if compress is None and (most_error is not None or queries is not None):
+            raise InvalidArgumentError(
+                call="prepare", got="most_error or queries without compress", expected="compress=",
+                why="whole rows have no error that could be measured", try_="compress=0.9, or leave them out",
+            )  # fmt: skip
+        if most_error is not None:
+            check_number("prepare", "most_error", most_error)
         self._model_rows.begin()
         alone = folder is None and compress is None
         processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")

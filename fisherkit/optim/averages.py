@@ -23,7 +23,7 @@ from fisherkit.structures import LayerSums, Structure, UnitSums, record_class
 from fisherkit.structures.base import Names
 
 _OLD = {"activation_values": "kfac", "matrix": "exact block", "diagonal": "exact diagonal"}
-"""By what tensor states before 0.3 are told, which name no record."""
+"""By what tensor older states are told, which name no record."""
 
 FLOOR = torch.finfo(torch.float32).tiny ** 0.5
 """Of a damping that follows F's scale: its reciprocal leaves room for gradients in float32."""
