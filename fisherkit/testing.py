@@ -456,9 +456,9 @@ def _answers(check: _Check) -> None:
         grid = operator.layout.to_grid(check.columns)
         check.compare("factors", operator.layout.to_flat(g @ grid @ a), matrix @ check.columns.double())
     if operator.eigenbases is not None and operator.layout is not None:
-        a, g, values = operator.eigenbases
-        grid, back = g.mT @ operator.layout.to_grid(check.columns) @ a, operator.layout.to_flat
-        check.compare("eigenbases", back(g @ (values * grid) @ a.mT), matrix @ back(g @ grid @ a.mT).double())
+        a, g, values = (tensor.double() for tensor in operator.eigenbases)
+        grid, back = g.mT @ operator.layout.to_grid(check.columns.double()) @ a, operator.layout.to_flat
+        check.compare("eigenbases", back(g @ (values * grid) @ a.mT).to(check.columns), matrix @ back(g @ grid @ a.mT))
     damping = check.attempt("usual_damping", functools.partial(usual_damping, operator))
     check.require("usual_damping", damping is None or damping.scale > 0, f"{damping}", "a positive multiple")
     for name, holds in (

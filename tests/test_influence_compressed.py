@@ -351,3 +351,9 @@ def test_an_error_in_one_process__is_one_in_all(wrong: str, words: str, tmp_path
     assert words in found[0]
     assert "Error" in found[1]
     assert not (tmp_path / "rows").exists()
+
+
+def test_prepare__into_a_folder_of_another_damping_is_refused(tmp_path: Path) -> None:
+    influence(damping=5.0).prepare((X, Y), folder=tmp_path / "rows", compress=0.5)
+    with pytest.raises(fk.InvalidArgumentError, match="rows with another compress"):
+        influence(damping=1e-4).prepare((X, Y), folder=tmp_path / "rows", compress=0.5)

@@ -146,3 +146,53 @@ def test_step__of_gradients_that_are_clipped(way: str, options: dict[str, Any]) 
         return
     with pytest.raises(fk.ModelError, match="not linear"):
         net(X)
+
+
+class Later(Net):
+    """The change is there for large inputs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        large = x.detach().abs().max().item() > 50
+        return self.last(by_function(h, self.change) if large else h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac", "diagonal"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrix__of_a_function_that_only_a_later_batch_of_a_loop_meets(kind: str, structure: str) -> None:
+    net, far = Later(CHANGES["sign"], "none"), X + 100
+    with pytest.raises(fk.ModelError, match="not linear"):
+        _ = KINDS[kind](net, [(X, Y), (far, Y)], structure=structure) @ torch.ones(31, dtype=torch.float64)
+
+
+SWITCH = {"on": False}
+
+
+class Switched(Net):
+    """The change comes when something else says so, which no attribute of the model shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return self.last(by_function(h, self.change) if SWITCH["on"] else h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["exact", "sf", "truncated:2"])
+@pytest.mark.parametrize("optimizer", [fk.optim.NaturalGradient, fk.optim.Preconditioner])
+def test_step__of_a_function_that_comes_later(optimizer: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Switched(CHANGES["sign"], "none")
+    own = optimizer(net, kind=kind, damping=0.1, **({"lr": 0.1} if optimizer is fk.optim.NaturalGradient else {}))
+    F.cross_entropy(net(X), Y).backward()
+    own.step()
+    monkeypatch.setitem(SWITCH, "on", True)
+    with pytest.raises(fk.ModelError, match="not linear"):
+        net(X)
+
+
+@pytest.mark.parametrize("way", ["function", "module"])
+def test_matrix__of_a_half_model_with_small_gradients(way: str) -> None:
+    net = Net(LINEAR["itself"], way)
+    with torch.no_grad():
+        net.last.weight.mul_(1e-4)
+    found = fk.ExactFisher(net.half(), (X.half(), Y), params=["first.*"], structure="diagonal").diagonal()
+    expected = fk.ExactFisher(net.float(), (X.float(), Y), params=["first.*"], structure="diagonal").diagonal()
+    assert float((found.float() - expected).norm()) < 5e-3 * float(expected.norm())

@@ -108,6 +108,10 @@ def reentrant(m: Any, x: Tensor) -> Tensor:
     return m.body[2](torch.tanh(h))
 
 
+def always_reentrant(m: Any, x: Tensor) -> Tensor:
+    return m.body[2](checkpoint(torch.tanh, m.body[0](x), use_reentrant=True))
+
+
 def twice(model: nn.Module) -> None:
     optimizer = natural(model)
     loss = F.cross_entropy(model(X), Y)
@@ -194,6 +198,8 @@ TRAINING: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[s
     "closed": (lambda: closed(mlp()), ModelError, ("a closed optimizer", "a new NaturalGradient")),
     "frozen between": (different_parameters, ModelError, ("different trainable parameters",)),
     "reentrant checkpointing": (fit(wrapped(reentrant).train(), cross_entropy), ModelError,
+        ("use_reentrant=True", "use_reentrant=False")),
+    "reentrant checkpointing in both modes": (fit(wrapped(always_reentrant).train(), cross_entropy), ModelError,
         ("use_reentrant=True", "use_reentrant=False")),
     "nan": (fit(mlp(), lambda z: F.cross_entropy(z * float("nan"), Y)), NonFiniteError, ("NaN",)),
     "singular": (fit(mlp(), cross_entropy, kind="ef", gram_damping=0.0, params=["2.bias"]), SingularMatrixError,

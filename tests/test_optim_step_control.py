@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError
+from fisherkit.optim.sample_space import with_layer_rms
 from tests.bad_input import X, Y, mlp
 from tests.optim_cases import backward, close, damped, fisher, jacobian, one_step, places, problem
 from tests.optim_loops import natural
@@ -112,6 +113,23 @@ def test_defaults__of_a_diagonal() -> None:
     for place in places(of).values():
         g[place] = g[place] / (diagonal[place] + 0.3 * diagonal[place].mean())
     close(stepped(fk.optim.Preconditioner(of.model, kind="ief", structure="diagonal"), of), with_rms(of, g))
+
+
+def test_layer_rms__of_a_gradient_that_becomes_zero_is_zero_and_of_the_smallest_is_finite() -> None:
+    of = problem("mlp")
+    still, preconditioner = of.model.get_submodule("0"), fk.optim.Preconditioner(of.model)
+    stepped(preconditioner, of)
+    of.model.zero_grad()
+    backward(of)
+    for p in still.parameters():
+        p.grad = torch.zeros_like(p)
+    preconditioner.step()
+    assert not any(p.grad.any() for p in still.parameters())  # momentum or not
+    assert gradients(of.model).any()
+    tiny = {"a.weight": torch.full((4, 4), 1e-40), "b.weight": torch.zeros(2)}
+    found = with_layer_rms(tiny, tiny, 0.2)
+    torch.testing.assert_close(found["a.weight"], torch.full((4, 4), 0.2))
+    assert not found["b.weight"].any()
 
 
 def test_layer_rms__of_a_gradient_of_zero_is_zero() -> None:

@@ -218,6 +218,19 @@ def test_step__of_a_later_batch_in_which_places_or_company_count(way: str, dropo
     step(X[19:])
 
 
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("mode", ["dropout", "train", "eval"])
+def test_step__of_another_number_of_examples_that_begins_with_those_first_seen(
+    mode: str, options: dict[str, Any]
+) -> None:
+    net = Trained(lambda h: h, lambda x: False, 0.3 * (mode == "dropout")).train(mode != "eval")
+    optimizer = fk.optim.NaturalGradient(net, lr=0.1, damping=0.1, **options)
+    for size in (8, 12, 4, 8):
+        optimizer.zero_grad()
+        F.cross_entropy(net(X[:size]), torch.arange(size) % 2).backward()
+        optimizer.step()
+
+
 def test_step__looks_at_nothing_again_where_nothing_meets() -> None:
     sizes: list[int] = []
     net = Trained(lambda h: h, lambda x: sizes.append(len(x)) is None, 0.3)

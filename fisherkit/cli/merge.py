@@ -262,6 +262,8 @@ class Merge:
         values = {name: value for name, value in vars(self).items() if name in given() and name not in OWN}
         unknown = [name for name in values if name not in {*taken, *settings, "base", "scale"}]
         unknown += [name for name in OF_LAYERS if name in given() and "data" not in taken]
+        if self.data and "data" not in taken:
+            _refuse(f"--method {self.method} with --data", "--method layers", "no other way runs the models")
         if unknown:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
             _refuse(f"--method {self.method} with {options}", "options that it has", try_="leave them out")

@@ -29,6 +29,7 @@ from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
 from fisherkit.influence import Compression, InfluenceScores, RowBlocks, TopScores
+from fisherkit.influence.compression import check_compress
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
@@ -40,6 +41,20 @@ from fisherkit.vectors import rule_of, spelled
 
 CALL = "fisherkit scores"
 FILES = "scores.html", "scores.json"
+
+
+def count_or_share(text: str) -> int | float:
+    """``compress=``: a count where no point was typed."""
+    return int(text) if text.isdecimal() else float(text)
+
+
+def compress_check(text: str) -> str:
+    """What `InfluenceScores.prepare` takes."""
+    try:
+        check_compress(count_or_share(text), token=False)
+    except (ValueError, InvalidArgumentError) as error:
+        raise typer.BadParameter(f"{text!r} is neither a share above 0 and up to 1.0 nor a count from 1 on.") from error
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +111,10 @@ class Scores(ModelOptions):
         ),
     ] = None  # fmt: skip
     compress: Annotated[
-        float | None,
+        str | None,
         option(
-            "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share up to 1.0 of its "
-            "effective dimension, or so many on either side.", "whole rows", min=0,
+            "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share of its effective "
+            "dimension, as 0.9, or so many on either side, as 64.", "whole rows", parser=compress_check,
         ),
     ] = None  # fmt: skip
     most_error: Annotated[
@@ -265,10 +280,9 @@ class Scores(ModelOptions):
             return None, torch.empty(0, dtype=torch.float64), None
         train: Data | RowBlocks = share.data
         if self.rows is not None or self.compress is not None:
-            compress = self.compress
             train = influence.prepare(
                 share.data, folder=self.rows, most_error=self.most_error, queries=queries, group=share.group,
-                compress=int(compress) if compress is not None and compress.is_integer() else compress,
+                compress=None if self.compress is None else count_or_share(self.compress),
             )  # fmt: skip
         found = influence.top(
             queries, train, min(top, share.examples), measurement=self.measurement, normalize=self.normalize

@@ -155,6 +155,7 @@ class Basis:
         damping: λ.
         compress: as `InfluenceScores.prepare` was given it.
         layers: their eigenvectors.
+        chosen_at: the λ that they were chosen at; None for ``damping``.
 
     Attributes:
         space: a layer's numbers under its first name, then what is whole.
@@ -163,9 +164,11 @@ class Basis:
     """
 
     def __init__(
-        self, fisher: FisherOperator, damping: float, compress: int | float, layers: Sequence[LayerBasis]
-    ) -> None:
+        self, fisher: FisherOperator, damping: float, compress: int | float, layers: Sequence[LayerBasis],
+        chosen_at: float | None = None,
+    ) -> None:  # fmt: skip
         self.fisher, self.damping, self.compress, self.layers = fisher, damping, compress, tuple(layers)
+        self.chosen_at = damping if chosen_at is None else chosen_at
         taken = {name for layer in layers for name in layer.names}
         self.whole = tuple(name for name in fisher.space.names if name not in taken)
         rest = fisher.space.restrict(self.whole) if self.whole else ParameterSpace((), ())
@@ -217,7 +220,10 @@ class Basis:
     def write(self, path: Path) -> None:
         """Write it, whole or not at all."""
         names = [layer.names for layer in self.layers]
-        header = {"format": f"{io.FORMAT}-basis", "compress": json.dumps(self.compress), "names": json.dumps(names)}
+        header = {
+            "format": f"{io.FORMAT}-basis", "compress": json.dumps(self.compress), "names": json.dumps(names),
+            "damping": json.dumps(self.chosen_at),
+        }  # fmt: skip
         io.replace_checked_file(path, self.tensors, header)
 
     @classmethod
@@ -234,7 +240,7 @@ class Basis:
                 }
                 layers.append(LayerBasis(names, _layout(blocks[names]), own))
                 layers[-1].check(blocks[names])
-            return cls(fisher, damping, io.parse(header["compress"]), layers)
+            return cls(fisher, damping, io.parse(header["compress"]), layers, io.parse(header["damping"]))
         except (LookupError, ValueError, TypeError, RuntimeError) as error:
             raise FileFormatError(
                 call=CALL, got=f"{path}, which does not fit this Fisher ({error})",
@@ -259,7 +265,8 @@ def check_compress(compress: object, *, token: bool) -> None:
     if is_integer(compress):
         check_count(CALL, "compress", compress)
     else:
-        check_number(CALL, "compress", compress, most=1)
+        if check_number(CALL, "compress", compress, most=1) == 0:
+            raise InvalidArgumentError(call=CALL, got="compress=0.0", expected="a share above 0, or a count from 1 on")
 
 
 # -- the error ---------------------------------------------------------------------------------------------------------
@@ -317,7 +324,8 @@ class Measured:
         if not len(errors):
             raise InvalidArgumentError(
                 call=CALL, got="fewer than two examples with a label that counts",
-                expected="some, on which the error is measured", try_="queries=, or whole rows",
+                expected="some, on which the error is measured",
+                try_="more training examples with labels, queries= of another set, or whole rows",
             )  # fmt: skip
         # Rounded, so that the same rows are told by the same text.
         share, error, worst, rank = (

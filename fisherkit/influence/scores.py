@@ -186,7 +186,7 @@ class InfluenceScores:
         def chosen() -> tuple[LayerBasis, ...]:
             if known is not None and known.exists():
                 found = Basis.read(known, rows.fisher, damping)
-                if repr(found.compress) == repr(compress):
+                if repr((found.compress, found.chosen_at)) == repr((compress, damping)):
                     return found.layers
             return Basis.of(rows.fisher, damping, compress, probe).layers
 

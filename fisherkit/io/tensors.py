@@ -185,7 +185,7 @@ def read_tensors(
                 tensors[name] = found.to(device)
             return header, tensors
     except UNREADABLE as error:
-        raise damaged(call, error, writer=writer) from error
+        raise damaged(call, error, name=str(path), writer=writer) from error
 
 
 def files_of_index(index: Path) -> dict[str, Path]:

@@ -173,17 +173,14 @@ class Capture:
         watched = Watched.seen(recorder, z)
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
-        self._refuse_influence(plan, batch, watched, coupled)
-        if plan.nonlinear:  # rows along the gradient are multiples of the user's, but for those without a rule
-            ruled = {name for unit in plan.ruled for name in unit.names}
-            multiples = self.rule.along_gradient and not coupled
-            plan.refuse_nonlinear(f"{self.call}, forward pass", ruled if multiples else None)
         hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
         cut = [name for name in hidden if name in recorder.without_graph]
         if cut or id(plan) not in self._seen:
             self._seen.add(id(plan))
             nodes = [use.edge.node for use in watched.uses]
             refuse_reentrant(z, nodes, cut or hidden, f"{self.call}, forward pass", cut=bool(cut))
+        self._refuse_influence(plan, batch, watched, coupled)
+        self._refuse_nonlinear(plan, watched, coupled)
         if plan.generic:
             self._refuse_unfit(plan, coupled, random=recorder.random)
         again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
@@ -259,11 +256,9 @@ class Capture:
             return
         batch = batch.to(plan.example_parameter.device)
         if not (chance or coupled or torch.is_autocast_enabled(plan.example_parameter.device.type)):
-            probe = copy(plan.probe)  # whose outputs are those of eval mode
-            probe.alike = not self.model.training
             try:
                 with self._watch.quiet(), without_autocast():
-                    self._compare(replace(plan, probed=probe), batch, told)
+                    self._compare(plan, batch, told)
                 return
             except ModelError:
                 with self._watch.quiet(), without_autocast(), plan.quiet():
@@ -275,6 +270,16 @@ class Capture:
                 told = told.replaced(z=forward(plan, batch).z)
             self._compare(plan, batch, told)
 
+    def _refuse_nonlinear(self, plan: Plan, seen: Watched, coupled: list[str]) -> None:
+        """Refuse rows that a backward pass which is not linear would not have."""
+        if (seen.custom or seen.hooked) and not plan.nonlinear:
+            with self._watch.quiet(), plan.quiet():
+                plan = plan.seen_with(seen)
+        if plan.nonlinear:  # rows along the gradient are multiples of the user's, but for those without a rule
+            ruled = {name for unit in plan.ruled for name in unit.names}
+            multiples = self.rule.along_gradient and not coupled
+            plan.refuse_nonlinear(f"{self.call}, forward pass", ruled if multiples else None)
+
     def _by_owner(self, plan: Plan, batch: Batch, seen: Watched) -> bool:
         """Whether Kronecker factors count the positions of one example that outputs depend on, as those of several."""
         if batch.size > 1 or self._written_out or seen.followed or plan.alone:
@@ -283,6 +288,9 @@ class Capture:
             return not Linearized(plan, batch.to(plan.example_parameter.device), seen).followed
 
     def _compare(self, plan: Plan, batch: Batch, seen: Watched) -> None:
+        probe = copy(plan.probe)
+        probe.alike = False  # its outputs are those of weights before a step
+        plan = replace(plan, probed=probe)
         call = f"{self.call}, forward pass"
         self._company.refuse_influence(plan, batch, None, seen, call)
         if not self._company.has_own_gradients(plan, batch, None, seen):

@@ -168,7 +168,7 @@ class Preconditioner:
         update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
         deltas, strided = space.unflatten(update), []
         if self.layer_rms is not None:
-            deltas = with_layer_rms(deltas, self.layer_rms)
+            deltas = with_layer_rms(deltas, gradients, self.layer_rms)
         for name, delta in deltas.items():
             gradient = own[name].grad
             if gradient is not None and gradient.layout == torch.strided:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,14 +79,21 @@ def damped(space: ParameterSpace, inverses: Sequence[Factorization], gradient: F
     return Direction(update, curvature)
 
 
-def with_layer_rms(updates: dict[str, Tensor], rms: float) -> dict[str, Tensor]:
-    """Updates by parameter, scaled by one number a module so that its entries' root mean square is this; 0 stays 0."""
-    layers: dict[str, list[Tensor]] = {}
-    for name, update in updates.items():
-        layers.setdefault(name.rpartition(".")[0], []).append(update)
-    found = {}
-    for layer, own in layers.items():
-        norm = torch.stack([update.double().norm() for update in own]).norm()
-        scale = rms * sum(update.numel() for update in own) ** 0.5 / norm
-        found[layer] = scale.masked_fill(norm == 0, 0.0).to(own[0].dtype)
-    return {name: update * found[name.rpartition(".")[0]] for name, update in updates.items()}
+def with_layer_rms(
+    updates: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rms: float
+) -> dict[str, Tensor]:  # fmt: skip
+    """Updates by parameter, scaled by one number a module so that its entries' root mean square is this.
+
+    Of a module whose gradient is 0 it is 0, whatever momentum is left.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in updates:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    found: dict[str, Tensor] = {}
+    for own in layers.values():
+        parts = [updates[name].double() for name in own]
+        norm = torch.stack(torch._foreach_norm(parts)).norm()
+        still = (norm == 0) | ~torch.stack([gradients[name].any() for name in own]).any()
+        scale = (rms * sum(part.numel() for part in parts) ** 0.5 / norm).masked_fill(still, 0.0)
+        found |= {name: (part * scale).to(updates[name].dtype) for name, part in zip(own, parts, strict=True)}
+    return found

@@ -580,7 +580,8 @@ def _product(call: Call) -> Axis | None:
 
 def _added_product(call: Call) -> Axis | None:
     """Input + a product, whose batch axes meet."""
-    addend, pair = call.args[0], (call.argument(1, "batch1"), call.argument(2, "batch2"))
+    addend, by = call.args[0], "mat" if call.output.ndim == 2 else "batch"
+    pair = call.argument(1, f"{by}1"), call.argument(2, f"{by}2")
     found = _product(call._replace(args=pair, kwargs={}))
     if found is None:
         return None

@@ -327,7 +327,7 @@ class OneByOne:
         self.parts = [
             _Alike(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g]) for g in groups
         ]  # fmt: skip
-        self.z = torch.cat([part.z for part in self.parts])
+        self.passes, self.z = watched, torch.cat([part.z for part in self.parts])
 
     @property
     def numbers_per_vector(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -240,8 +239,8 @@ class Plan(Findings):
                 call=call,
                 got=f"gradients of {listed(map(repr, found), 4)} that are not linear in the outputs' gradient",
                 expected="a backward pass of derivatives, which doubles with its vector",
-                why="an autograd function or a hook of yours changes gradients on the way, as by clipping or signs, so "
-                "that rows depend on the vectors' size and sign: there is no such matrix",
+                why="an autograd function or a hook of yours changes gradients on the way, as by clipping, signs or "
+                "rounding, so that rows depend on the vectors' size and sign: there is no such matrix",
                 try_="the model without it (handle.remove()), params= without these parameters, or a Fisher of kind "
                 '"ef" or "ief", whose rows are what autograd gives for the loss gradient',
             )  # fmt: skip
@@ -452,18 +451,19 @@ def nonlinear(plan: Plan, watched: Watched) -> frozenset[str]:
     if not (watched.hooked or watched.custom or any(p._backward_hooks for p in own.values())):
         return frozenset()
     v, w = torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(z)
-    large = 2.0 ** (5 if {watched.coarsest, z.dtype}.intersection(HALF) else 30)
+    half = bool({watched.coarsest, z.dtype}.intersection(HALF))  # where small gradients lose their digits
+    usual, large, small = (16.0, 64.0, 256.0) if half else (1.0, 2.0**30, 2.0**-30)
 
-    def back(vector: Tensor, scale: float = 1.0) -> list[Tensor]:
+    def back(vector: Tensor, scale: float = usual) -> list[Tensor]:
         grads = pulled_back(z, list(own.values()), vector * scale)
         found = [dense_gradient(p, g) / scale for p, g in zip(own.values(), grads, strict=True)]
-        overflows = abs(scale) > 32 and not all_finite(*found)  # in half precision that no forward pass shows
-        return back(vector, math.copysign(32, scale)) if overflows else found
+        overflows = abs(scale) > 1 and not all_finite(*found)  # in half precision that no forward pass shows
+        return back(vector, scale / 16) if overflows else found
 
     one = back(v)
     names: set[str] = set()
     both = [a + b for a, b in zip(one, back(w), strict=True)]
-    for expected, got in ((both, back(v + w)), (one, back(v, -large)), (one, back(v, 1 / large))):
+    for expected, got in ((both, back(v + w)), (one, back(v, -large)), (one, back(v, small))):
         errors = torch.stack([(a - b).norm() for a, b in zip(expected, got, strict=True)])
         norms = torch.stack([a.norm() for a in expected])
         right = errors <= _tolerance(z.dtype, plan) * torch.maximum(norms, 1e-3 * norms.norm())

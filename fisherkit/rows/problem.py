@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -517,9 +517,13 @@ class Problem:
     def _judge(self, batch: Batch, start: int, seen: Watched, call: str, *, gradients: bool = True) -> bool:
         """Refuse examples that influence each other; whether their gradients are their own, if that is asked."""
         self.company.refuse_influence(self.plan, batch, start, seen, call)
-        if (seen.custom or seen.hooked) and not self.kind.along_gradient:
-            self.plan.seen_with(seen).refuse_nonlinear(call)
+        self._refuse_nonlinear([seen], call)
         return not gradients or self.company.has_own_gradients(self.plan, batch, start, seen)
+
+    def _refuse_nonlinear(self, passes: Sequence[Watched], call: str) -> None:
+        for seen in passes:
+            if (seen.custom or seen.hooked) and not self.kind.along_gradient:
+                self.plan.seen_with(seen).refuse_nonlinear(call)
 
     def _without_rows(self, linearized: Linearized | OneByOne, outputs: Outputs) -> Rows | None:
         """What sums need of the last layer alone, if they need no rows."""
@@ -537,8 +541,9 @@ class Problem:
         elif self.by_owner is not None and not linearized.followed:
             raise BetterPlanError(self.plan, True, batch)
         outputs, counts = self._outputs(batch, linearized.z, start, call)
-        watched = linearized.watched if in_company and isinstance(linearized, Linearized) else None
-        if watched is not None and not self._judge(batch, start, watched, call):  # rows go the slow exact way
+        if isinstance(linearized, OneByOne):
+            self._refuse_nonlinear(linearized.passes, call)
+        elif in_company and not self._judge(batch, start, linearized.watched, call):  # rows go the slow exact way
             linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
         last = self._without_rows(linearized, outputs)
         if last is not None:
