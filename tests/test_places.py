@@ -241,3 +241,33 @@ def test_step__looks_at_nothing_again_where_nothing_meets() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert sizes == [len(X)]
+
+
+class Normed(nn.Module):
+    """Batch norm, and examples that meet where one of them is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = (
+            nn.Linear(3, 4).double(),
+            nn.BatchNorm1d(4).double(),
+            nn.Linear(4, 2).double(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        return self.last(torch.where(x[:, :1] > 5, h - h.mean(0), h))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*in train mode")
+def test_step__of_examples_that_meet_beside_a_batch_norm_in_train_mode() -> None:
+    net = Normed().train()
+    optimizer = fk.optim.NaturalGradient(net, lr=0.1, damping=0.1, kind="ef")
+    F.cross_entropy(net(X[:8]), torch.arange(8) % 2).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    far = X[:8].clone()
+    far[3] = 9.0
+    with pytest.raises(fk.ModelError, match="change with the rest of the batch"):
+        F.cross_entropy(net(far), torch.arange(8) % 2).backward()
+        optimizer.step()

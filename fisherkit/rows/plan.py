@@ -466,13 +466,9 @@ def nonlinear(plan: Plan, watched: Watched) -> frozenset[str]:
     for expected, got in ((both, back(v + w)), (one, back(v, -large)), (one, back(v, small))):
         errors = torch.stack([(a - b).norm() for a, b in zip(expected, got, strict=True)])
         norms = torch.stack([a.norm() for a in expected])
-        right = errors <= _tolerance(z.dtype, plan) * torch.maximum(norms, 1e-3 * norms.norm())
+        right = errors <= tolerance(z.dtype, plan.coarsest) * torch.maximum(norms, 1e-3 * norms.norm())
         names.update(name for name, holds in zip(own, right.tolist(), strict=True) if not holds)
     return frozenset(names)
-
-
-def _tolerance(dtype: torch.dtype, plan: Plan) -> float:
-    return tolerance(dtype, plan.coarsest)
 
 
 def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:
