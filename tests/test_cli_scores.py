@@ -179,6 +179,13 @@ def test_scores__of_compressed_rows_say_how_far_off_they_are(
     )
 
 
+@pytest.mark.usefixtures("folder")
+def test_scores__of_rows_in_a_folder_are_those_without() -> None:
+    plain, kept, again = (found("scored_module:make", *rows) for rows in ((), ("--rows", "rows"), ("--rows", "rows")))
+    for some in (kept, again):
+        assert some["queries"] == plain["queries"]
+
+
 @pytest.mark.parametrize("text", ["2.5", "0", "0.0", "-1", "1,2", "nan", "half"])
 def test_scores__refuses_what_is_neither_a_share_nor_a_count(text: str) -> None:
     refused = run("scored_module:make", "--compress", text)

@@ -280,15 +280,16 @@ class Scores(ModelOptions):
             return None, torch.empty(0, dtype=torch.float64), None
         train: Data | RowBlocks = share.data
         if self.rows is not None or self.compress is not None:
-            train = influence.prepare(
-                share.data, folder=self.rows, most_error=self.most_error, queries=queries, group=share.group,
-                compress=None if self.compress is None else count_or_share(self.compress),
-            )  # fmt: skip
+            asked: dict[str, Any] = {}
+            if self.compress is not None:
+                compress = count_or_share(self.compress)
+                asked = {"compress": compress, "most_error": self.most_error, "queries": queries}
+            train = influence.prepare(share.data, folder=self.rows, group=share.group, **asked)
         found = influence.top(
             queries, train, min(top, share.examples), measurement=self.measurement, normalize=self.normalize
         )  # fmt: skip
-        own = influence.self_influence(train) if self.own else torch.empty(0)
-        return found, own, train.compression if isinstance(train, RowBlocks) else None
+        itself = influence.self_influence(train) if self.own else torch.empty(0)
+        return found, itself, train.compression if isinstance(train, RowBlocks) else None
 
 
 def _joined(found: list[tuple[TopScores, int]], top: int) -> TopScores:

@@ -52,11 +52,11 @@ def test_least_squares__ef_stops_where_one_example_is_fit() -> None:
     for begin, left in (((1.0, -0.9), 0.980), ((0.5, 1.0), 0.800), ((-1.3, 0.5), 0.451)):
         first, second = begin[0] ** 2, sum(begin) ** 2
         assert abs(first - second) / (first + second) == pytest.approx(left, abs=5e-4)
-        path, ended = toys.follow(LEAST_SQUARES, "EF", start, 0.02)
-        whole, rest = (toys.total_loss(LEAST_SQUARES, place) for place in (start, path[-1]))
+        path, ended = toys.follow(LEAST_SQUARES, "EF", begin, 0.02)
+        whole, rest = (toys.total_loss(LEAST_SQUARES, place) for place in (begin, path[-1]))
         assert ended
         assert rest / whole == pytest.approx(left, abs=0.03)
-        assert toys.follow(LEAST_SQUARES, "iEF", start, 0.02)[0][-1] == pytest.approx((0, 0), abs=0.02)
+        assert toys.follow(LEAST_SQUARES, "iEF", begin, 0.02)[0][-1] == pytest.approx((0, 0), abs=0.02)
 
 
 # -- figure 4 ----------------------------------------------------------------------------------------------------------
