@@ -44,7 +44,7 @@ LONG = 600.0
 """Seconds from which on a run is worth a warning before it."""
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
 """Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
-GRAPH = 1 << 24
+GRAPH = 1 << 23
 """Entries of the layer outputs of a pass on a processor that leaves sums alone: fewer passes are a little faster, and
 hold more memory. Kept rows take more than a pass, and putting a batch's pieces together takes time."""
 SMALLEST = 1 << 20
