@@ -116,6 +116,7 @@ def test_merge__layer_after_layer_is_the_packages_own(check: bool, tasks: Path, 
 @pytest.mark.parametrize(
     ("options", "got"),
     [(("--method", "layers", "--data", "a.jsonl"), "2 models and 1 --data"), (("--method", "layers"), "0 --data"),
+     (("--method", "layers", "--data", "no.jsonl", "--data", "no.jsonl"), "no file at no.jsonl"),
      (("--data", "a.jsonl"), "--method auto with --data"), (("--kind", "ef"), "--method auto with --kind"),
      (("--method", "average", "--examples", "5"), "--method average with --examples")],
 )  # fmt: skip

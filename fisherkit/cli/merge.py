@@ -219,10 +219,11 @@ class Merge:
         kind, likelihood = rule_of(self.kind, call=CALL), load_likelihood(texts[0].folder.likelihood, CALL)
         fisher = partial(FisherApproximation, kind=kind, structure=self.structure, likelihood=likelihood)
         models = [batches.model for batches in texts]
-        for same in zip(*(model.named_parameters() for model in models), strict=False):
-            alike = all(name == same[0][0] and torch.equal(own, same[0][1]) for name, own in same)
-            for _, own in same:
-                own.requires_grad_(not alike)  # what no model has changed needs no backward pass
+        everywhere = list(zip(*(model.named_parameters() for model in models), strict=False))
+        changed = [any(name != one[0][0] or not torch.equal(p, one[0][1]) for name, p in one) for one in everywhere]
+        for one, has in zip(everywhere, changed, strict=True):
+            for _, p in one:
+                p.requires_grad_(has or not any(changed))  # what no model has changed needs no backward pass
         return {"models": models, "data": texts, "fisher": fisher}
 
     def _texts(self) -> list[TextBatches]:
@@ -274,7 +275,7 @@ class Merge:
                 f"{len(self.model)} models and {len(self.fisher or ())} Fishers", "a Fisher for each model",
                 try_="--model A --fisher FA --model B --fisher FB, or --method average",
             )  # fmt: skip
-        if "data" in taken and (len(self.data or ()) != len(self.model) or not self._folders):
+        if "data" in taken and (len(self.data or ()) != len(self.model) or any(map(Path.is_file, self.model))):
             _refuse(
                 f"{len(self.model)} models and {len(self.data or ())} --data", "folders, and a file of texts for each",
                 "each model is run on its own task's texts", "--model A --data a.jsonl --model B --data b.jsonl",
