@@ -143,8 +143,9 @@ class InfluenceScores:
         Raises:
             DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
             ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
-            InvalidArgumentError: an unknown ``by``; a bad ``compress``, or one that leaves too large an error; the
-                folder holds rows of another model or other data, or cannot be made.
+            InvalidArgumentError: an unknown ``by``; a bad ``compress``, one that leaves too large an error, or
+                ``most_error`` or ``queries`` without it; the folder holds rows of another model or other data, or
+                cannot be made.
             FileFormatError: the folder's manifest is damaged.
             ProcessError: another process of the group failed.
 

@@ -66,8 +66,8 @@ class Preconditioner:
             layers; None for 0 beside a damping of yours.
         layer_rms: root mean square that each module's gradients are scaled to, as a last step (grafting of the norm:
             0.2 is that of AdamW's updates, and of Muon's with ``adjust_lr_fn="match_rms_adamw"``), so that the learning
-            rate alone says how long steps are; not beside ``trust_region``. None for no scaling beside a damping or a
-            trust region of yours.
+            rate alone says how long steps are. A module whose gradient is 0 stays where it is, whatever its momentum.
+            Not beside ``trust_region``. None for no scaling beside a damping or a trust region of yours.
         lr: used by ``trust_region``. With 1 the gradients themselves are clipped, and a schedule of the learning rate
             then shortens steps. With the following optimizer's learning rate, a number or a function without arguments,
             the steps are clipped.
