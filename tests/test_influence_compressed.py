@@ -333,6 +333,7 @@ def test_two_processes__write_what_one_writes(compress: Any, tmp_path: Path) -> 
     rows = one.prepare(cut_data(), folder=tmp_path / "one", compress=compress)
     for _ in range(2):  # made, and there
         found = ranks.run(2, write, str(tmp_path / "two"), compress, "")
+        assert not any(isinstance(one, str) for one in found), found  # what a process raised
         for examples, (count, scores, index) in zip((13, 27), found, strict=True):
             assert count == examples
             same(scores, one.scores(QUERIES, rows))
