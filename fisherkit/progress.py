@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, TextIO, TypeVar
 
 from tqdm.auto import tqdm
@@ -29,7 +30,7 @@ def bar(total: float | None, description: str, unit: str, *, shown: bool, steps:
     ``total`` is None if it is not known; without ``steps`` it shows the share that is done and not how many pieces.
     """
     if not shown:
-        return tqdm(disable=True)
+        return _silent()
     options: dict[str, Any] = {} if total is None else {"bar_format": FORMAT if steps else SHARE, "smoothing": 0.1}
     every = _lines_every.get()
     if every is not None:
@@ -80,6 +81,12 @@ class _Lines:
 
     def flush(self) -> None:
         self._stream.flush()
+
+
+@cache
+def _silent() -> Any:
+    """The bar that shows nothing: one for all, as making one takes locks."""
+    return tqdm(disable=True)
 
 
 def _columns() -> int | None:
