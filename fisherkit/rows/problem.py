@@ -45,8 +45,9 @@ LONG = 600.0
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
 """Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
 GRAPH = 1 << 23
-"""Entries of the layer outputs of a pass on a processor that leaves sums alone: fewer passes are a little faster, and
-hold more memory. Kept rows take more than a pass, and putting a batch's pieces together takes time."""
+"""Entries of the layer outputs of a pass on a processor: fewer passes are a little faster for some models, but hold more
+memory, and what no cache holds is slow. Where rows are kept that are larger than the layer outputs, `TILE`: putting the
+pieces of a batch together would take longer."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -403,6 +404,11 @@ class Problem:
         return item * sum(unit.numbers_per_example(vectors) for unit in units)
 
     @property
+    def _kept_numbers(self) -> int:
+        """Of one example's rows, which are copied where a batch is taken in pieces."""
+        return sum(unit.numbers_per_example(self.vectors_per_example) for unit in self.plan.units)
+
+    @property
     def _flat(self) -> bool:
         return self.token or self.kind.positionwise
 
@@ -488,8 +494,11 @@ class Problem:
 
     def _piece(self, size: int) -> int:
         """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""
-        on_processor = self.plan.example_parameter.device.type == "cpu"
-        room = self._room((GRAPH if self.summed else TILE) if on_processor else 4 * TILE)  # others want large products
+        if self.plan.example_parameter.device.type != "cpu":
+            most = 4 * TILE  # others want large products
+        else:
+            most = GRAPH if self.summed or self._kept_numbers < self.plan.numbers_per_example else TILE
+        room = self._room(most)
         step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
         step = step if self.most_examples is None else min(step, self.most_examples)
         step = min(step, MOST) if self.plan.looped else step
