@@ -277,7 +277,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """The inverse of `state_dict`; steps go on bit for bit.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping, another optimizer's, or damaged.
+            InvalidArgumentError: it is of another kind, structure, damping or model, another optimizer's, or damaged;
+                nothing is changed.
         """
         check_has(state_dict, ("param_groups", "curvature"), CALL)
         # torch.distributed.checkpoint leaves out what is empty, and writes every key as a string.
@@ -286,9 +287,13 @@ class NaturalGradient(torch.optim.Optimizer):
         state_dict = {**state_dict, "state": numbered}
         if STATE_CHECKSUM in state_dict:
             check_hash(state_dict["state"], state_dict[STATE_CHECKSUM], STATE_CHECKSUM, f"{CALL}.load_state_dict")
-        self._curvature.check_state(state_dict["curvature"])
+        finish = self._curvature.loading(state_dict["curvature"])
         try:
             groups = [dict(group) for group in state_dict["param_groups"]]
+            pairs = zip(_parameters(groups), _parameters(self.param_groups), strict=False)
+            odd = {number for number, p in pairs for m in numbered.get(number, {}).values() if m.shape != p.shape}
+            if odd:
+                raise ValueError(f"momentum of other shapes than those of the parameters {sorted(odd)}")
             for group in groups:
                 if isinstance(group.get("damping"), Mapping):
                     ((name, scale),) = group["damping"].items()
@@ -301,7 +306,7 @@ class NaturalGradient(torch.optim.Optimizer):
             ) from error  # fmt: skip
         for p, held in self.state.items():
             held.update({name: shard_like(value, p) for name, value in held.items()})
-        self._curvature.load_state_dict(state_dict["curvature"])
+        finish()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: see `Capture`."""
@@ -313,6 +318,11 @@ _RELATIVE: dict[str, type[RelativeDamping | LayerDamping]] = {"relative": Relati
 
 _OF_ONE = {"lr", "weight_decay", "momentum"}
 _OF_ALL = {"damping", "gram_damping", "kind", "structure", "normalize_update", "trust_region"}
+
+
+def _parameters(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Those of all groups: in a state, their numbers."""
+    return [p for group in groups for p in group["params"]]
 
 
 def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Selection]:
