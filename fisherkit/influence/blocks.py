@@ -249,9 +249,7 @@ class FolderBlocks(RowBlocks):
         return sum(entry["examples"] for entry in self.entries)
 
 
-def write_blocks(
-    path: Path, live: LiveBlocks, largest: int, processes: Processes | None = None
-) -> FolderBlocks:
+def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processes | None = None) -> FolderBlocks:
     """Write the blocks that are missing or damaged; those of another model, other data or settings are refused.
 
     A file has at most ``largest`` examples. Of several processes each writes the rows of its own data, in the order of

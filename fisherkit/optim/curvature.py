@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_choice, check_count, check_number, is_number
-from fisherkit.arithmetic import all_finite, at_least_single
+from fisherkit.arithmetic import (
+    all_finite,
+    at_least_single,
+    finite_by,
+    may_overflow,
+    norms,
+    overflow,
+    square_bound,
+)
 from fisherkit.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -41,7 +49,7 @@ from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.shared import SharedRows
-from fisherkit.space import ParameterSpace, Selection
+from fisherkit.space import ParameterSpace, Selection, infinite
 from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
 from fisherkit.wrappers import full, is_fully_sharded, reshard
@@ -148,8 +156,14 @@ class Curvature:
 
     def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
         chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
-        numbers = {id(tensor): tensor for _, chunk in chunks for tensor in chunk.rows.numbers}
-        if all_finite(*gradients.values(), *numbers.values()):
+        numbers = list({id(tensor): tensor for _, chunk in chunks for tensor in chunk.rows.numbers}.values())
+        tensors = [*gradients.values(), *numbers]
+        found = norms(tensors)
+        if finite_by(found, tensors):
+            squares = square_bound(found[len(gradients) :], numbers)
+            for rows in (chunk.rows for _, chunk in chunks if may_overflow(squares, chunk.rows.dtype)):
+                if not all_finite(total := rows.squared_sum()):
+                    raise overflow(f"{self.call}.step", infinite(rows.space, total), rows.dtype)
             return True
         if all_finite(*gradients.values()):
             for number, chunk in chunks:
@@ -387,29 +401,36 @@ class Curvature:
         check_has(state, ("kind", "structure", "gram", "steps", "examples", "seen", "updates"), self.call)
         state = _with_empty(state)
         check_checksum(state, call)
-        for key, own in (
+        for key, value in (
             ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
             ("structure", self.structure), ("gram", self.gram),
         ):  # fmt: skip
-            if state[key] != own:
+            if state[key] != value:
                 raise InvalidArgumentError(
-                    call=call, got=f"a state with {key} = {state[key]!r}", expected=repr(own),
+                    call=call, got=f"a state with {key} = {state[key]!r}", expected=repr(value),
                     why="a step would go on in another direction", try_="an optimizer made with the same arguments",
                 )  # fmt: skip
-        parameters = dict(self.capture.model.named_parameters())
-        momentum = state.get("momentum", {}) if self.momentum else {}  # which states of before lack
+        parameters, own = dict(self.capture.model.named_parameters()), self._parameters
         try:
-            _refuse_others(json.loads(state["parameters"]) if "parameters" in state else {}, self._parameters, call)
-            records = self.averages.read(state["averages"], parameters)
+            # States of before do not say of which parameters they are, nor have they momentum.
+            known = dict(json.loads(state["parameters"])) if "parameters" in state else own
+            fits = known == own
+            records = self.averages.read(state["averages"] if fits else [], parameters)
+            momentum = state.get("momentum", {}) if fits and self.momentum else {}
             of = {name: parameters[name] for name in momentum}
             kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # without a checksum
-            if isinstance(error, InvalidArgumentError) and error.call == call:
-                raise
             raise InvalidArgumentError(
                 call=call, got=f"a state whose averages cannot be read ({error!r})",
                 expected=f"one that {self.call}.state_dict() made for this model",
             ) from error  # fmt: skip
+        if names := [name for name in {**known, **own} if known.get(name) != own.get(name)]:
+            odd = (f"{name!r}: {known.get(name, 'none')} and not {own.get(name, 'none')}" for name in names)
+            raise InvalidArgumentError(
+                call=call, got=f"a state of other parameters ({listed(odd, 4, '; ')})",
+                expected="those of the model that the optimizer was made for",
+                why="averages of other layers say nothing of these", try_="the model of then, or a fresh optimizer",
+            )  # fmt: skip
 
         def finish() -> None:
             self.averages.put(records, state["updates"])
@@ -419,18 +440,6 @@ class Curvature:
             self._expect()
 
         return finish
-
-
-def _refuse_others(known: Mapping[str, str], own: Mapping[str, str], call: str) -> None:
-    """Refuse a state of other parameters; one that does not say of which, as of before, has none."""
-    names = [name for name in {**known, **own} if known and known.get(name) != own.get(name)]
-    if names:
-        odd = (f"{name!r}: {known.get(name, 'none')} and not {own.get(name, 'none')}" for name in names)
-        raise InvalidArgumentError(
-            call=call, got=f"a state of other parameters ({listed(odd, 4, '; ')})",
-            expected="those of the model that the optimizer was made for",
-            why="averages of other layers say nothing of these", try_="the model of then, or a fresh optimizer",
-        )  # fmt: skip
 
 
 def _with_empty(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -290,10 +290,7 @@ class NaturalGradient(torch.optim.Optimizer):
         finish = self._curvature.loading(state_dict["curvature"])
         try:
             groups = [dict(group) for group in state_dict["param_groups"]]
-            pairs = zip(_parameters(groups), _parameters(self.param_groups), strict=False)
-            odd = {number for number, p in pairs for m in numbered.get(number, {}).values() if m.shape != p.shape}
-            if odd:
-                raise ValueError(f"momentum of other shapes than those of the parameters {sorted(odd)}")
+            _check_shapes(groups, self.param_groups, numbered)
             for group in groups:
                 if isinstance(group.get("damping"), Mapping):
                     ((name, scale),) = group["damping"].items()
@@ -320,9 +317,12 @@ _OF_ONE = {"lr", "weight_decay", "momentum"}
 _OF_ALL = {"damping", "gram_damping", "kind", "structure", "normalize_update", "trust_region"}
 
 
-def _parameters(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
-    """Those of all groups: in a state, their numbers."""
-    return [p for group in groups for p in group["params"]]
+def _check_shapes(groups: Any, own: Any, state: Mapping[Any, Mapping[str, Tensor]]) -> None:
+    """ValueError if a state has tensors of other shapes than the parameters, which it has by numbers."""
+    numbers, parameters = ([p for group in some for p in group["params"]] for some in (groups, own))
+    pairs = zip(numbers, parameters, strict=False)  # of another number, torch says it
+    if odd := [number for number, p in pairs if any(m.shape != p.shape for m in state.get(number, {}).values())]:
+        raise ValueError(f"momentum of other shapes than those of the parameters {odd}")
 
 
 def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Selection]:
