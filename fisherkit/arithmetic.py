@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.errors import InvalidArgumentError, NonFiniteError
 
 MatMat: TypeAlias = Callable[[Tensor], Tensor]
 """A linear map of columns, [D, K] -> [D, K]."""
@@ -65,14 +65,43 @@ def all_finite(*tensors: Tensor) -> bool:
     By norms, which read each number once and make no mask; a norm may overflow where no entry does, so entries are
     looked at where one is not finite.
     """
-    floating = [t for t in tensors if t.is_floating_point()]
-    if not floating:
-        return True
-    if len(floating) == 1:
-        found = [floating[0].sum(dtype=at_least_single(floating[0].dtype)).item()]
-    else:  # a kernel for many of them on accelerators, as in torch's own optimizers
-        found = together(torch._foreach_norm(floating)).tolist()
-    return all(map(math.isfinite, found)) or all(bool(torch.isfinite(t).all()) for t in floating)
+    return finite_by(norms(floating := [t for t in tensors if t.is_floating_point()]), floating)
+
+
+def norms(tensors: list[Tensor]) -> list[float]:
+    """The norm of each tensor, with one wait for the device; infinite where squares overflow."""
+    if len(tensors) < 2:
+        return [torch.linalg.vector_norm(t, dtype=at_least_single(t.dtype)).item() for t in tensors]
+    # A kernel for many of them on accelerators, as in torch's own optimizers.
+    found: list[float] = together(torch._foreach_norm(tensors)).tolist()
+    return found
+
+
+def finite_by(found: Sequence[float], tensors: Sequence[Tensor]) -> bool:
+    """Whether no entry of tensors with these norms is NaN or infinite."""
+    return all(map(math.isfinite, found)) or all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def square_bound(found: Sequence[float], tensors: Sequence[Tensor]) -> float:
+    """About the most that ‖row‖², summed, can be of rows that are products of two of these tensors with these norms."""
+    # 2ab ≤ a² + b². A bias stands beside inputs of 1.
+    total = sum(norm * norm + t.numel() for norm, t in zip(found, tensors, strict=True))
+    return total * total
+
+
+def may_overflow(squares: float, dtype: torch.dtype) -> bool:
+    """Whether sums of squares with such a bound may be too large for a dtype."""
+    return squares > 1e-6 * torch.finfo(dtype).max
+
+
+def overflow(call: str, where: str, dtype: torch.dtype) -> NonFiniteError:
+    """The error of sums that are not finite, of rows that are."""
+    return NonFiniteError(
+        call=call, got=f"infinite sums of squares: {where}", expected="finite ones",
+        why="the gradients and activations that they are made of are finite, and their squares too large for "
+        f"{dtype}, whose largest number is {torch.finfo(dtype).max:.1e}",
+        try_="model and data in float64, as by model.double(); inputs and a loss of another scale",
+    )  # fmt: skip
 
 
 def together(numbers: Sequence[Tensor]) -> Float[Tensor, "n"]:

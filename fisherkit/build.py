@@ -15,13 +15,14 @@ from typing import Any, TypeVar, cast
 import torch
 
 from fisherkit import io
+from fisherkit.arithmetic import may_overflow, overflow
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
-from fisherkit.errors import DataError, MemoryBudgetError, listed, warn
+from fisherkit.errors import DataError, MemoryBudgetError, NonFiniteError, listed, warn
 from fisherkit.memory import LiveBytes, available_memory, readable
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator, state_of
 from fisherkit.operators.composite import join
-from fisherkit.operators.linalg import checked_before, checked_together
+from fisherkit.operators.linalg import check_finite, checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
@@ -33,7 +34,7 @@ from fisherkit.rows.problem import LONG, BetterPlanError, Problem, Tally
 from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import FEWEST, LaterRows, StreamedRows, matrix_free, products_before_rows
 from fisherkit.rows.verified import fingerprint, remember
-from fisherkit.space import ParameterSpace
+from fisherkit.space import ParameterSpace, infinite
 from fisherkit.structures import Names, Part, Parts, Structure, Sums
 
 MANY = 64
@@ -358,8 +359,15 @@ class Builder:
             self.problem = self.problem if most is None else replace(self.problem, most_examples=most)
             sums = self._summed(structure, held, of)
             tally = Tally.of([*self.counted, Tally(rows=-sums.dropped)]).some()
-            with checked_together():
-                operator = structure.operator(sums, self._scale(tally))
+            operator: FisherOperator | None = None
+            try:
+                with checked_together():
+                    operator = structure.operator(sums, self._scale(tally))
+                # What is made of rows or of a decomposition is looked at where that cannot be told from the rows.
+                if may_overflow(tally.squares, structure.dtype):
+                    check_finite(operator._diagonal(), "F")
+            except NonFiniteError as error:
+                raise _overflow(structure, error, operator) from error
             with checked_before():
                 return operator, structure.parts(sums, operator), tally, sums.dropped_share
         except BetterPlanError as found:
@@ -393,10 +401,12 @@ class Builder:
         chunks = self._counted(self.problem.chunks(description, compared=readings * parts > 1), readings * parts)
         sums: Sums = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
         while True:
-            with (
-                checked_together()
-            ):  # of matrices that are decomposed for it, what is wrong with one is seen in the end
-                going = structure.next_pass(sums)
+            # Of matrices that are decomposed for it, what is wrong with one is seen in the end.
+            try:
+                with checked_together():
+                    going = structure.next_pass(sums)
+            except NonFiniteError as error:
+                raise _overflow(structure, error) from error
             if going is None:
                 return sums
             del sums  # of which the next pass has what it needs
@@ -506,9 +516,8 @@ class Builder:
         """Count examples, rows and dropped traces on the way; foretell first what so many readings will cost."""
         self._foretell(readings)
         for chunk in chunks:
-            self.counted.append(
-                Tally(chunk.counted, chunk.rows.count, () if chunk.dropped is None else (chunk.dropped,))
-            )
+            dropped = () if chunk.dropped is None else (chunk.dropped,)
+            self.counted.append(Tally(chunk.counted, chunk.rows.count, dropped, chunk.rows.squares or 0.0))
             yield chunk
             del chunk  # not to be held while the next one is made
         if self.processes is None:
@@ -574,6 +583,14 @@ class Builder:
         rules = {plan.rule_name(unit) for unit in units}
         reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
         return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.nbytes, reason)
+
+
+def _overflow(structure: Structure, error: NonFiniteError, operator: FisherOperator | None = None) -> NonFiniteError:
+    """What to say of sums that are not finite, of rows that are."""
+    call = f'structure="{structure.name}"'
+    if operator is None:
+        return overflow(call, error.call, structure.dtype)
+    return overflow(call, infinite(structure.space, operator._diagonal()), structure.dtype)
 
 
 def _noting(chunks: Iterable[Chunk], kept: list[Chunk]) -> Iterator[Chunk]:

@@ -27,6 +27,7 @@ from fisherkit.errors import (
     ModelError,
     NonFiniteError,
     UnknownParameterError,
+    listed,
 )
 from fisherkit.wrappers import matching
 
@@ -346,3 +347,8 @@ def _matching(name: str, available: Collection[str]) -> list[str]:
     """The names that a pattern of the shell's kind matches; itself where it is a name, or matches none."""
     found = [] if name in available else [other for other in available if fnmatch.fnmatchcase(other, name)]
     return found or [name]
+
+
+def infinite(space: ParameterSpace, vector: Float[Tensor, "D"]) -> str:
+    """The parameters that NaN or infinite entries belong to, for an error."""
+    return listed((repr(name) for name, part in space.unflatten(vector).items() if not all_finite(part)), 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,7 +298,7 @@ def expected_on(folder: Path, damping: float) -> list[Tensor]:
 def test_a_damaged_file__is_refused(name: str, tmp_path: Path) -> None:
     scores = influence()
     rows = scores.prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
-    path = tmp_path / "rows" / name
+    path, whole = tmp_path / "rows" / name, contents(tmp_path / "rows")
     content = bytearray(path.read_bytes())
     content[len(content) * 3 // 4] ^= 1
     path.write_bytes(content)
@@ -306,8 +307,16 @@ def test_a_damaged_file__is_refused(name: str, tmp_path: Path) -> None:
     if name.startswith("rows"):
         with pytest.raises(fk.FileFormatError, match=r"rows-000001.safetensors, which is missing or damaged"):
             scores.scores(QUERIES, rows)
-        scores.prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
-        same(scores.scores(QUERIES, rows), sum(expected(0.8, scores.damping)))
+    if name == "manifest.json":
+        with pytest.raises(fk.FileFormatError, match=r"delete this one: its rows are then made again"):
+            scores.prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+        return
+    scores.prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+    assert contents(tmp_path / "rows") == whole
+    same(scores.scores(QUERIES, rows), sum(expected(0.8, scores.damping)))
+    path.unlink()
+    scores.prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+    assert contents(tmp_path / "rows") == whole
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
@@ -316,9 +325,23 @@ def test_a_damaged_file__is_refused(name: str, tmp_path: Path) -> None:
 def write(rank: int, size: int, folder: str, compress: Any, wrong: str) -> Any:
     """A process's part of the rows, and what it reads back."""
     net = model()
+    if wrong == "slow" and rank == 1:
+        exists = Path.exists
+
+        def waiting(path: Path) -> bool:
+            """Each look at a file is an old one when it is used: the other process has written meanwhile."""
+            found = exists(path)
+            time.sleep(0.5 * (path.suffix != ""))
+            return found
+
+        Path.exists = waiting  # type: ignore[method-assign]
+    if wrong == "folder" and rank == 1:
+        folder += "-2"
     if wrong == "weights" and rank == 1:
         net[0].weight.data.add_(1)
-    scores = InfluenceScores(fk.EmpiricalFisher(net, (X, Y), structure="kfac", group=False), net)
+    kind = fk.ExactFisher if (wrong, rank) == ("fisher", 1) else fk.EmpiricalFisher
+    damping = 0.3 if (wrong, rank) == ("damping", 1) else None
+    scores = InfluenceScores(kind(net, (X, Y), structure="kfac", group=False), net, damping=damping)
     own = cut_data()[:1] if rank == 0 else cut_data()[1:]
     if wrong == "data" and rank == 1:
         own = [(X[:3], Y[:3] - 200)]
@@ -345,13 +368,34 @@ def test_two_processes__write_what_one_writes(compress: Any, tmp_path: Path) -> 
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.parametrize(("wrong", "words"), [("data", "an error in rank 1"), ("weights", "another parameters_hash")])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("data", "an error in rank 1"), ("weights", "another parameters_hash"),
+        ("fisher", "another Fisher or damping"), ("damping", "another Fisher or damping"),
+    ],
+)  # fmt: skip
 def test_an_error_in_one_process__is_one_in_all(wrong: str, words: str, tmp_path: Path) -> None:
     found = ranks.run(2, write, str(tmp_path / "rows"), 0.8, wrong)
     assert "ProcessError" in found[0]
     assert words in found[0]
     assert "Error" in found[1]
     assert not (tmp_path / "rows").exists()
+
+
+def test_a_process__that_looks_late_finds_what_the_first_one_has_begun(tmp_path: Path) -> None:
+    for one in ranks.run(2, write, str(tmp_path / "rows"), 0.8, "slow"):
+        assert not isinstance(one, str), one
+
+
+@pytest.mark.parametrize("there", ["nothing", "other rows"])
+def test_another_folder_in_another_process__is_refused(there: str, tmp_path: Path) -> None:
+    if there == "other rows":
+        influence().prepare(cut_data(), folder=tmp_path / "rows-2", compress=0.7)
+    first, second = ranks.run(2, write, str(tmp_path / "rows"), 0.8, "folder")
+    assert "an error in rank 1" in first
+    assert "rows-2, which is not where the first process has begun" in second
+    assert not list(tmp_path.glob("rows/rows-*"))
 
 
 def test_prepare__into_a_folder_of_another_damping_is_refused(tmp_path: Path) -> None:

@@ -342,3 +342,18 @@ def test_estimate__keeps_factors_in_a_dtype(tmp_path: Path, monkeypatch: pytest.
     assert found.dtype == torch.float32
     assert found.metadata["kept_dtype"] == "bfloat16"
     assert found.nbytes == 2 * (7 * 7 + 4 * 4 + 7 * 4)
+
+
+@pytest.mark.parametrize("size", [1e-13, 1e12])
+def test_nkp__of_gradients_of_any_size_in_float32(size: float) -> None:
+    torch.manual_seed(0)
+    x, y = size * torch.randn(20, 4), torch.arange(20) % 3
+    found, expected = (
+        fk.EmpiricalFisher(
+            nn.Linear(4, 3, bias=False).to(dtype).apply(lambda m: nn.init.zeros_(m.weight)),
+            (x.to(dtype), y), structure="nkp",
+        ).to_dense().double() / size**2
+        for dtype in (torch.float32, torch.float64)
+    )  # fmt: skip
+    assert float(expected.trace()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -264,6 +264,71 @@ def test_evaluation__names_batch_and_parameters() -> None:
         fk.evaluation.compare(model, data[2], kinds=["ef"])
 
 
+# -- finite rows whose squares are not ---------------------------------------------------------------------------------
+
+
+def large(size: float, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """Three batches, of which the second has an example with an input, and so a gradient, of this size."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(9, 4), torch.randint(3, (9,))
+    x[4, 1] = size
+    y[4] = model(x[4]).argmin()
+    return model.to(dtype), [(x[i : i + 3].to(dtype), y[i : i + 3]) for i in (0, 3, 6)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"structure": name} for name in (*STRUCTURES, "nkp")), {"max_rows": 5}, {"storage": "stream"}],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("kind", ["ef", "ief"])
+def test_squares__that_overflow_are_refused_by_name(kind: str, options: dict[str, Any]) -> None:
+    words = r"infinite sums of squares: .*'weight'.*too large for torch\.float32, whose largest number is 3\.4e\+38"
+    with pytest.raises(fk.NonFiniteError, match=words + r".*Try: model and data in float64"):
+        fk.FisherApproximation(*large(1e21, torch.float32), kind, **options).trace()
+    fk.FisherApproximation(*large(1e21, torch.float64), kind, **options).trace()
+    found, expected = (
+        fk.FisherApproximation(*large(1e15, dtype), kind, **options).trace().double()
+        for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES, "nkp"])
+@pytest.mark.parametrize("beside", [False, True], ids=["natural", "preconditioner"])
+def test_steps__of_squares_that_overflow_are_refused_and_change_nothing(structure: str, beside: bool) -> None:
+    (model, (first, second, third)), found = large(1e21, torch.float32), []
+    for whole in (True, False):
+        own = copy.deepcopy(model)
+        options: dict[str, Any] = {"kind": "ef", "structure": structure, "damping": 0.1}
+        if structure not in ("full", "block"):
+            options["ema"] = 0.5
+        optimizer: Any = (
+            fk.optim.Preconditioner(own, **options) if beside else fk.optim.NaturalGradient(own, 0.1, **options)
+        )
+        for x, y in (first, second, third) if whole else (first, third):
+            own.zero_grad()
+            F.cross_entropy(own(x), y).backward()
+            if x is not second[0]:
+                optimizer.step()
+                continue
+            before = str((optimizer.state_dict(), own.state_dict()))
+            with pytest.raises(fk.NonFiniteError, match=r"\.step: got .*infinite sums of squares: 'weight'"):
+                optimizer.step()
+            assert str((optimizer.state_dict(), own.state_dict())) == before
+        found.append([p.grad if beside else p for p in own.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_sums__of_squares_that_overflow_together_are_refused() -> None:
+    model, ((_, _), (x, y), _) = large(1e19, torch.float32)
+    one = [(x[1:2], y[1:2])]
+    for structure in STRUCTURES:
+        assert bool(torch.isfinite(fk.EmpiricalFisher(model, one, structure=structure).trace()))
+        with pytest.raises(fk.NonFiniteError, match="infinite sums of squares"):
+            fk.EmpiricalFisher(model, one * 4, structure=structure)
+
+
 # -- what is not refused -----------------------------------------------------------------------------------------------
 
 

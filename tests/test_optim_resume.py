@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,8 +59,8 @@ def model_with_norm() -> nn.Module:
 class Run:
     """A model with its optimizer, its schedule, and a preconditioner in front if asked for."""
 
-    def __init__(self, setting: dict[str, Any], beside: bool) -> None:
-        self.model = model_with_norm()
+    def __init__(self, setting: dict[str, Any], beside: bool, model: nn.Module | None = None) -> None:
+        self.model = model_with_norm() if model is None else model
         own = {k: v for k, v in setting.items() if k not in ("momentum", "weight_decay", "normalize_update")}
         self.reduction = setting.get("reduction", "mean")
         self.preconditioner = fk.optim.Preconditioner(self.model, **({"structure": "full"} | own)) if beside else None
@@ -138,6 +139,51 @@ def test_load__of_another_kind_structure_or_damping_is_refused(own: str, loaded:
     part = "preconditioner" if beside else "optimizer"
     with pytest.raises(InvalidArgumentError, match=f"a state with {says} = "):
         getattr(target, part).load_state_dict(getattr(source, part).state_dict())
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "width": (lambda: nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 3)).double(),
+              r"'0.weight': float64 \[5, 4\] and not float64 \[7, 4\]"),
+    "dtype": (lambda: model_with_norm().float(), r"'0.weight': float64 \[5, 4\] and not float32 \[5, 4\]"),
+    "more": (lambda: nn.Sequential(*model_with_norm(), nn.Linear(3, 3).double()),
+             r"'4.weight': none and not float64 \[3, 3\]"),
+    "fewer": (lambda: mlp(nn.Identity()), r"'1.weight': float64 \[5\] and not none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("beside", [False, True], ids=["natural", "preconditioner"])
+@pytest.mark.parametrize("name", ["momentum", "diagonal", "kfac", "kfac-every", "ekfac", "layer-every"])
+def test_load__of_another_models_state_is_refused_and_changes_nothing(name: str, beside: bool, other: str) -> None:
+    source, (make, words) = Run(SETTINGS[name], beside), OTHERS[other]
+    source.steps(0, 2)
+    target, part = Run(SETTINGS[name], beside, make()), "preconditioner" if beside else "optimizer"
+    own, state = getattr(target, part), source.state()[part]
+    before = str(own.state_dict())
+    with pytest.raises(InvalidArgumentError, match=rf"load_state_dict: got a state of other parameters \(.*{words}"):
+        own.load_state_dict(state)
+    assert str(own.state_dict()) == before
+    # States of before did not say of which parameters they are.
+    old = state if beside else state["curvature"]
+    del old["parameters"], old["checksum"]
+    if other in ("width", "dtype") and old["averages"]:
+        with pytest.raises(InvalidArgumentError, match="averages cannot be read"):
+            own.load_state_dict(state)
+        assert str(own.state_dict()) == before
+
+
+def test_load__of_momentum_for_other_parameters_is_refused_and_changes_nothing() -> None:
+    found = []
+    for reverse in (False, True):
+        model = model_with_norm()
+        groups = [{"params": [p]} for p in model.parameters()][:: -1 if reverse else 1]
+        found.append(fk.optim.NaturalGradient(model, 0.1, damping=1e-2, momentum=0.9, params=groups))
+        nn.functional.cross_entropy(model(X), Y).backward()
+        found[-1].step()
+    before = str(found[1].state_dict())
+    with pytest.raises(InvalidArgumentError, match="momentum of other shapes"):
+        found[1].load_state_dict(found[0].state_dict())
+    assert str(found[1].state_dict()) == before
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])

@@ -249,16 +249,16 @@ class FolderBlocks(RowBlocks):
         return sum(entry["examples"] for entry in self.entries)
 
 
-def write_blocks(
-    folder: str | Path, live: LiveBlocks, largest: int, processes: Processes | None = None
-) -> FolderBlocks:
+def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processes | None = None) -> FolderBlocks:
     """Write the blocks that are missing or damaged; those of another model, other data or settings are refused.
 
     A file has at most ``largest`` examples. Of several processes each writes the rows of its own data, in the order of
     the ranks, and is given its own; the folder is the same, whoever wrote it.
     """
-    path = _folder(folder)
+    # One process alone looks into the folder and begins: what others saw of it meanwhile would be half of that.
     manifest = by_first(processes, lambda: _begun(path, live, largest))
+    if processes is not None:
+        processes.each(CALL, lambda: _refuse_elsewhere(path, manifest))
     problem, limit = live.problem, int(manifest["limit"])
     device, source = problem.plan.example_parameter.device, LimitedSource(problem.source, limit)
     live = live.of(limit=int(manifest.get("made", limit)))
@@ -395,8 +395,7 @@ def _there(path: Path, source: LimitedSource, device: torch.device, first: int) 
     return found
 
 
-def _folder(folder: str | Path) -> Path:
-    path = io.as_path(folder, CALL)
+def _make_folder(path: Path) -> None:
     if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
         raise InvalidArgumentError(call=CALL, got=str(path), expected="a folder, or a new one in a folder that exists")
     path.mkdir(exist_ok=True)
@@ -405,24 +404,35 @@ def _folder(folder: str | Path) -> Path:
         raise InvalidArgumentError(
             call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
         )
-    return path
 
 
 def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
     """The manifest that is there, or a new one."""
+    _make_folder(path)
     if not (path / MANIFEST).exists():
         begun = {"format": FORMAT, "version": VERSION, "limit": largest, "settings": live.settings, "blocks": []}
         if live.basis is not None:
             begun["made"] = live.limit
             live.basis.write(path / FILE)
         _write_manifest(path, begun)
-        return begun
     manifest, settings = _manifest(path), live.settings
     known = manifest["settings"]
     changed = sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key))
     if changed:
         raise _other(path, f"rows with another {', '.join(changed)}")
+    if live.basis is not None and not Basis.is_whole(path / FILE):
+        live.basis.write(path / FILE)  # as it was, by its hash in the settings
     return manifest
+
+
+def _refuse_elsewhere(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a folder that is not the one in which the first process has begun."""
+    if not (path / MANIFEST).exists() or _manifest(path) != manifest:
+        raise InvalidArgumentError(
+            call=CALL, got=f"{path}, which is not where the first process has begun",
+            expected="one folder for all processes", why="each writes its part of the rows there",
+            try_="the same folder in all of them, on a disk that all see; group=False for rows of this process alone",
+        )  # fmt: skip
 
 
 def _manifest(path: Path) -> dict[str, Any]:

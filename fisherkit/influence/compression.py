@@ -8,6 +8,7 @@ that holds them and the measured error; knows no data.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,25 @@ class Basis:
         layers = [LayerBasis.of(b, own, damping, compress, positions.get(b.space.names[0], b.size)) for b, own in found]
         return cls(fisher, damping, compress, layers)
 
+    def check(self) -> None:
+        """ValueError unless the eigenvectors are those of F."""
+        blocks = {block.space.names: block for block in self.fisher._blocks()}
+        for layer in self.layers:
+            layer.check(blocks[layer.names])
+
+    def refuse_other(self) -> None:
+        """Refuse eigenvectors that the first process has chosen for another Fisher, or at another λ."""
+        try:
+            if not math.isclose(self.damping, self.chosen_at, rel_tol=ALIKE):
+                raise ValueError(f"λ = {self.damping:g} and not {self.chosen_at:g}")
+            self.check()
+        except (LookupError, ValueError) as error:
+            raise InvalidArgumentError(
+                call=CALL, got=f"another Fisher or damping than in the first process ({error})",
+                expected="the same in all of them", why="they compress rows alike",
+                try_="a Fisher that all build together, or load from one file, or group=False",
+            ) from error  # fmt: skip
+
     def turned(self, rows: Rows) -> Rows:
         """Rows over `space`."""
         taken = {name for layer in self.layers for name in layer.names}
@@ -226,6 +246,15 @@ class Basis:
         }  # fmt: skip
         io.replace_checked_file(path, self.tensors, header)
 
+    @staticmethod
+    def is_whole(path: Path) -> bool:
+        """Whether a file is there, as it was written."""
+        try:
+            io.read_tensors(path, "cpu", CALL, "prepare")
+        except FileFormatError:
+            return False
+        return True
+
     @classmethod
     def read(cls, path: Path, fisher: FisherOperator, damping: float) -> Basis:
         """One that was written for this Fisher."""
@@ -239,8 +268,9 @@ class Basis:
                     key.partition(".")[2]: t.clone() for key, t in tensors.items() if key.partition(".")[0] == str(i)
                 }
                 layers.append(LayerBasis(names, _layout(blocks[names]), own))
-                layers[-1].check(blocks[names])
-            return cls(fisher, damping, io.parse(header["compress"]), layers, io.parse(header["damping"]))
+            found = cls(fisher, damping, io.parse(header["compress"]), layers, io.parse(header["damping"]))
+            found.check()
+            return found
         except (LookupError, ValueError, TypeError, RuntimeError) as error:
             raise FileFormatError(
                 call=CALL, got=f"{path}, which does not fit this Fisher ({error})",

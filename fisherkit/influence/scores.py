@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fisherkit import io
 from fisherkit.arguments import check_choice, check_count, check_number
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
@@ -160,38 +161,42 @@ class InfluenceScores:
             )  # fmt: skip
         if most_error is not None:
             check_number("prepare", "most_error", most_error)
-        self._model_rows.begin()
-        alone = folder is None and compress is None
-        processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")
-        if processes is not None:
-            settings = self._model_rows.settings(token=by == "token")
-            processes.require_same("prepare", settings | {"compress": compress, "most_error": most_error})
-        live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
-        largest = live.limit
         if compress is not None:
             check_compress(compress, token=by == "token")
             check_count("prepare", "checked", checked)
-            live, size = self._compressed(live, compress, most_error, folder, queries, checked, processes)
+        path = None if folder is None else io.as_path(folder, "prepare(folder)")
+        alone = folder is None and compress is None
+        processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")
+        by_all(processes, self._model_rows.begin)
+        if processes is not None:
+            asked = {"compress": compress, "most_error": most_error, "checked": checked, "queries": queries is not None}
+            processes.require_same("prepare", self._model_rows.settings(token=by == "token") | asked)
+        live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
+        largest = live.limit
+        if compress is not None:
+            live, size = self._compressed(live, compress, most_error, path, queries, checked, processes)
             largest = max(1, min(MOST, self._model_rows.budget // 8 // size))
-        return KeptBlocks(live) if folder is None else write_blocks(folder, live, largest, processes)
+        return KeptBlocks(live) if path is None else write_blocks(path, live, largest, processes)
 
     def _compressed(
-        self, live: LiveBlocks, compress: int | float, most_error: float | None, folder: str | Path | None,
+        self, live: LiveBlocks, compress: int | float, most_error: float | None, folder: Path | None,
         queries: Data | None, checked: int, processes: Processes | None,
     ) -> tuple[LiveBlocks, int]:  # fmt: skip
         """The rows over leading eigenvectors, whose error is measured, and the bytes that one takes."""
         rows, damping = self._model_rows, self.damping
         probe = rows.probe(live)
-        known = None if folder is None else Path(folder) / FILE
+        known = None if folder is None else folder / FILE
 
-        def chosen() -> tuple[LayerBasis, ...]:
-            if known is not None and known.exists():
+        def chosen() -> tuple[tuple[LayerBasis, ...], float]:
+            if known is not None and Basis.is_whole(known):
                 found = Basis.read(known, rows.fisher, damping)
                 if repr((found.compress, found.chosen_at)) == repr((compress, damping)):
-                    return found.layers
-            return Basis.of(rows.fisher, damping, compress, probe).layers
+                    return found.layers, damping
+            return Basis.of(rows.fisher, damping, compress, probe).layers, damping
 
-        basis = Basis(rows.fisher, damping, compress, by_first(processes, chosen))
+        basis = Basis(rows.fisher, damping, compress, *by_first(processes, chosen))
+        if processes is not None:
+            processes.each("prepare", basis.refuse_other)
 
         def measured() -> Measured:
             stride, most = max(1, live.count() // checked), rows.room(2 * rows.space.size)

@@ -101,13 +101,18 @@ def _look_at(pending: Sequence[_Look]) -> None:
 
 def _check_values(tensor: Tensor, call: str, nonnegative: bool) -> None:
     """Refuse NaN and infinity, and where it is said, negative numbers."""
-    if not all_finite(tensor):
-        raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
+    check_finite(tensor, call)
     if nonnegative and tensor.numel() and float(tensor.min()) < 0:
         raise InvalidArgumentError(
             call=call, got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
             expected="numbers that are 0 or more", why="a Fisher matrix is positive semi-definite",
         )  # fmt: skip
+
+
+def check_finite(tensor: Tensor, call: str) -> None:
+    """Refuse NaN and infinity."""
+    if not all_finite(tensor):
+        raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
 
 
 def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n n"]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkit.arithmetic import at_least_single
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.linalg import checked_together
@@ -105,8 +106,8 @@ class Averages:
         records = self.records.items()
         return [{"names": list(names), "record": label, "tensors": unit.tensors()} for (names, label), unit in records]
 
-    def load(self, state: Sequence[Mapping[str, Any]], updates: int, own: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`, on the devices of the model's own parameters."""
+    def read(self, state: Sequence[Mapping[str, Any]], own: Mapping[str, Tensor]) -> dict[tuple[Names, str], UnitSums]:
+        """The records of a `state`, on the devices of the model's own parameters; none is put in place."""
         records: dict[tuple[Names, str], UnitSums] = {}
         for entry in state:
             names, device = tuple(entry["names"]), own[entry["names"][0]].device
@@ -120,6 +121,12 @@ class Averages:
                 before = records[names, one] = record_class(one).from_tensors(
                     tensors, before or records.get((names, "kfac"))
                 )
+        for (names, _), record in records.items():
+            _check(record, ParameterSpace(names, tuple(tuple(own[name].shape) for name in names)), own[names[0]])
+        return records
+
+    def put(self, records: dict[tuple[Names, str], UnitSums], updates: int) -> None:
+        """Go on from records after so many updates."""
         self.records, self.updates, self._space = records, updates, None
 
     def _old_label(self, tensors: Mapping[str, Tensor]) -> str:
@@ -127,3 +134,11 @@ class Averages:
         if self.structure.name == "diagonal":
             return "diagonal"
         return next(label for key, label in _OLD.items() if key in tensors)
+
+
+def _check(record: UnitSums, space: ParameterSpace, like: Tensor) -> None:
+    """ValueError, or what a product raises, unless a record is of these parameters."""
+    columns = torch.zeros(space.size, 1, dtype=at_least_single(like.dtype), device=like.device)
+    operator = record.operator(space, 1.0)
+    if operator.dtype != columns.dtype or operator._matmat(columns).shape != columns.shape:
+        raise ValueError(f"averages of {', '.join(space.names)} in another dtype or of another shape")

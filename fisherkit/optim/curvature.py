@@ -5,7 +5,8 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 
 from fisherkit import likelihoods
 from fisherkit.arguments import check_choice, check_count, check_number, is_number
-from fisherkit.arithmetic import all_finite, at_least_single
+from fisherkit.arithmetic import (
+    all_finite,
+    at_least_single,
+    finite_by,
+    may_overflow,
+    norms,
+    overflow,
+    square_bound,
+)
 from fisherkit.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -40,7 +49,7 @@ from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.shared import SharedRows
-from fisherkit.space import ParameterSpace, Selection
+from fisherkit.space import ParameterSpace, Selection, infinite
 from fisherkit.structures import structure_named
 from fisherkit.vectors import EmpiricalVectors, rule_of
 from fisherkit.wrappers import full, is_fully_sharded, reshard
@@ -147,8 +156,14 @@ class Curvature:
 
     def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
         chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
-        numbers = {id(tensor): tensor for _, chunk in chunks for tensor in chunk.rows.numbers}
-        if all_finite(*gradients.values(), *numbers.values()):
+        numbers = list({id(tensor): tensor for _, chunk in chunks for tensor in chunk.rows.numbers}.values())
+        tensors = [*gradients.values(), *numbers]
+        found = norms(tensors)
+        if finite_by(found, tensors):
+            squares = square_bound(found[len(gradients) :], numbers)
+            for rows in (chunk.rows for _, chunk in chunks if may_overflow(squares, chunk.rows.dtype)):
+                if not all_finite(total := rows.squared_sum()):
+                    raise overflow(f"{self.call}.step", infinite(rows.space, total), rows.dtype)
             return True
         if all_finite(*gradients.values()):
             for number, chunk in chunks:
@@ -358,47 +373,73 @@ class Curvature:
             flat = flat * self.processes.size if self.reduction == "sum" else flat  # what was averaged over processes
         return flat / max(examples, 1) if self.reduction == "sum" else flat
 
+    @property
+    def _parameters(self) -> dict[str, str]:
+        """The dtype of rows and the shape of each parameter."""
+        own, space = dict(self.capture.model.named_parameters()), self.capture.space
+        dtypes = (str(at_least_single(own[name].dtype)).removeprefix("torch.") for name in space.names)
+        return {n: f"{dtype} {list(s)}" for n, dtype, s in zip(space.names, dtypes, space.shapes, strict=True)}
+
     def state_dict(self) -> dict[str, Any]:
         """Settings, counters and running averages, with a checksum of them."""
         state = {
             "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
             "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
             "updates": self.averages.updates, "averages": self.averages.state(),
+            "parameters": json.dumps(self._parameters),
         }  # fmt: skip
         return with_checksum({**state, "momentum": dict(self._momentum)} if self._momentum else state)
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that steps cannot go on from: of another kind, structure or damping, or damaged."""
+    def loading(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """The inverse of `state_dict`, read and checked at once, and put in place by the function that is returned.
+
+        Raises:
+            InvalidArgumentError: steps cannot go on from it: it is damaged, or of another kind, structure, damping or
+                model.
+        """
+        call = f"{self.call}.load_state_dict"
         check_has(state, ("kind", "structure", "gram", "steps", "examples", "seen", "updates"), self.call)
         state = _with_empty(state)
-        check_checksum(state, f"{self.call}.load_state_dict")
-        for key, own in (
+        check_checksum(state, call)
+        for key, value in (
             ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
             ("structure", self.structure), ("gram", self.gram),
         ):  # fmt: skip
-            if state[key] != own:
+            if state[key] != value:
                 raise InvalidArgumentError(
-                    call=f"{self.call}.load_state_dict", got=f"a state with {key} = {state[key]!r}", expected=repr(own),
+                    call=call, got=f"a state with {key} = {state[key]!r}", expected=repr(value),
                     why="a step would go on in another direction", try_="an optimizer made with the same arguments",
                 )  # fmt: skip
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.check_state(state)
-        state = _with_empty(state)
-        own_parameters = dict(self.capture.model.named_parameters())
+        parameters, own = dict(self.capture.model.named_parameters()), self._parameters
         try:
-            self.averages.load(state["averages"], state["updates"], own_parameters)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:  # of a state without a checksum
+            # States of before do not say of which parameters they are, nor have they momentum.
+            known = dict(json.loads(state["parameters"])) if "parameters" in state else own
+            fits = known == own
+            records = self.averages.read(state["averages"] if fits else [], parameters)
+            momentum = state.get("momentum", {}) if fits and self.momentum else {}
+            of = {name: parameters[name] for name in momentum}
+            kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # without a checksum
             raise InvalidArgumentError(
-                call=f"{self.call}.load_state_dict", got=f"a state whose averages cannot be read ({error!r})",
-                expected=f"one that {self.call}.state_dict() made",
+                call=call, got=f"a state whose averages cannot be read ({error!r})",
+                expected=f"one that {self.call}.state_dict() made for this model",
             ) from error  # fmt: skip
-        momentum = state.get("momentum", {}) if self.momentum else {}  # which states of before lack
-        self._momentum = {name: m.to(own_parameters[name].device, copy=True) for name, m in momentum.items()}
-        self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
-        self._operator = self._inverse = None
-        self._expect()
+        if names := [name for name in {**known, **own} if known.get(name) != own.get(name)]:
+            odd = (f"{name!r}: {known.get(name, 'none')} and not {own.get(name, 'none')}" for name in names)
+            raise InvalidArgumentError(
+                call=call, got=f"a state of other parameters ({listed(odd, 4, '; ')})",
+                expected="those of the model that the optimizer was made for",
+                why="averages of other layers say nothing of these", try_="the model of then, or a fresh optimizer",
+            )  # fmt: skip
+
+        def finish() -> None:
+            self.averages.put(records, state["updates"])
+            self._momentum = kept
+            self.steps, self.examples, self.capture.examples = state["steps"], state["examples"], state["seen"]
+            self._operator = self._inverse = None
+            self._expect()
+
+        return finish
 
 
 def _with_empty(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -277,7 +277,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """The inverse of `state_dict`; steps go on bit for bit.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping, another optimizer's, or damaged.
+            InvalidArgumentError: it is of another kind, structure, damping or model, another optimizer's, or damaged;
+                nothing is changed.
         """
         check_has(state_dict, ("param_groups", "curvature"), CALL)
         # torch.distributed.checkpoint leaves out what is empty, and writes every key as a string.
@@ -286,9 +287,10 @@ class NaturalGradient(torch.optim.Optimizer):
         state_dict = {**state_dict, "state": numbered}
         if STATE_CHECKSUM in state_dict:
             check_hash(state_dict["state"], state_dict[STATE_CHECKSUM], STATE_CHECKSUM, f"{CALL}.load_state_dict")
-        self._curvature.check_state(state_dict["curvature"])
+        finish = self._curvature.loading(state_dict["curvature"])
         try:
             groups = [dict(group) for group in state_dict["param_groups"]]
+            _check_shapes(groups, self.param_groups, numbered)
             for group in groups:
                 if isinstance(group.get("damping"), Mapping):
                     ((name, scale),) = group["damping"].items()
@@ -301,7 +303,7 @@ class NaturalGradient(torch.optim.Optimizer):
             ) from error  # fmt: skip
         for p, held in self.state.items():
             held.update({name: shard_like(value, p) for name, value in held.items()})
-        self._curvature.load_state_dict(state_dict["curvature"])
+        finish()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: see `Capture`."""
@@ -313,6 +315,14 @@ _RELATIVE: dict[str, type[RelativeDamping | LayerDamping]] = {"relative": Relati
 
 _OF_ONE = {"lr", "weight_decay", "momentum"}
 _OF_ALL = {"damping", "gram_damping", "kind", "structure", "normalize_update", "trust_region"}
+
+
+def _check_shapes(groups: Any, own: Any, state: Mapping[Any, Mapping[str, Tensor]]) -> None:
+    """ValueError if a state has tensors of other shapes than the parameters, which it has by numbers."""
+    numbers, parameters = ([p for group in some for p in group["params"]] for some in (groups, own))
+    pairs = zip(numbers, parameters, strict=False)  # of another number, torch says it
+    if odd := [number for number, p in pairs if any(m.shape != p.shape for m in state.get(number, {}).values())]:
+        raise ValueError(f"momentum of other shapes than those of the parameters {odd}")
 
 
 def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Selection]:

@@ -196,6 +196,6 @@ class Preconditioner:
         """The inverse of `state_dict`; steps go on bit for bit.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure or damping.
+            InvalidArgumentError: it is of another kind, structure, damping or model; nothing is changed.
         """
-        self._curvature.load_state_dict(state_dict)
+        self._curvature.loading(state_dict)()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fisherkit.arithmetic import all_finite
+from fisherkit.arithmetic import all_finite, finite_by, norms, square_bound
 from fisherkit.errors import NonFiniteError, listed
 from fisherkit.rows.base import StoredRows, UnitRows
 from fisherkit.rows.factored import FactoredRows
@@ -86,6 +86,8 @@ class Rows(RowSource):
     """Rows that lie in memory, of units that partition the space's names."""
 
     in_memory = True
+    squares: float | None = None
+    """About the most that Σ_r ‖row_r‖² can be (`square_bound`); None of rows that nobody has looked at."""
 
     def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot]) -> None:
         super().__init__(space)
@@ -271,7 +273,10 @@ class Rows(RowSource):
 
         Cost: one reading.
         """
-        if all_finite(*self.numbers):
+        numbers = self.numbers
+        found = norms(numbers)
+        self.squares = square_bound(found, numbers)
+        if finite_by(found, numbers):
             return self
         # Of a convolution's input, what no window sees does not count.
         bad = [slot.names for slot in self.slots if not all_finite(*slot.rows.tensors().values())]

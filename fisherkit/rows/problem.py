@@ -56,18 +56,19 @@ class Tally(NamedTuple):
     """What a pass over data counts.
 
     ``dropped`` is, by batch, for each example or token the trace that the kind left out of the output Fisher; empty if
-    nothing.
+    nothing. ``squares``: of rows that were looked at, as they say of themselves.
     """
 
     examples: int = 0
     rows: int = 0
     dropped: tuple[Float[Tensor, "n"], ...] = ()
+    squares: float = 0.0
 
     @classmethod
     def of(cls, parts: Iterable[Tally]) -> Tally:
         """Of all parts."""
-        examples, rows, dropped = zip(cls(), *parts, strict=True)
-        return cls(sum(examples), sum(rows), tuple(itertools.chain(*dropped)))
+        examples, rows, dropped, squares = zip(cls(), *parts, strict=True)
+        return cls(sum(examples), sum(rows), tuple(itertools.chain(*dropped)), sum(squares))
 
     @property
     def counted(self) -> Tally | None:

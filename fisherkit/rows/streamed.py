@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fisherkit.arithmetic import HALF, all_finite
+from fisherkit.arithmetic import HALF, all_finite, overflow
 from fisherkit.data import Batch, Source
 from fisherkit.errors import FisherkitError
 from fisherkit.randomness import untouched_rng
@@ -40,7 +40,7 @@ from fisherkit.rows.problem import Metric, Problem, Tally
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.units import RuledUnit
 from fisherkit.rows.watched import Watched, graph_of
-from fisherkit.space import ParameterSpace
+from fisherkit.space import ParameterSpace, infinite
 
 FEW_VECTORS = 2
 """Up to this many vectors an example, rebuilding rows costs no more than a forward-mode pass."""
@@ -139,7 +139,10 @@ class StreamedRows(RowSource):
 
     def squared_sum(self) -> Float[Tensor, "D"]:
         """Diag JᵀJ in one pass."""
-        return self._sum(lambda rows: rows.squared_sum(), "diagonal", self._zeros(self.space.size))
+        total = self._sum(lambda rows: rows.squared_sum(), "diagonal", self._zeros(self.space.size))
+        if not all_finite(total):
+            raise overflow("diagonal", infinite(self.space, total), total.dtype)
+        return total
 
     def normal_matrix(self) -> Float[Tensor, "D D"]:
         """JᵀJ in one pass."""

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.errors import listed
 from fisherkit.operators import EigenKroneckerOperator, FisherOperator, KroneckerOperator
 from fisherkit.operators.linalg import Spectrum, leading_spectrum, spectrum
 from fisherkit.processes import Processes
@@ -308,9 +309,10 @@ class RotatedSquares(UnitSums):
     total: Float[Tensor, "s r"]
 
     @classmethod
-    def zeros(cls, factors: KroneckerFactors, dtype: torch.dtype) -> RotatedSquares:
-        """Nothing yet, in the eigenbasis of factors, whose matrices are let go."""
-        found = factors.spectra or (m.spectrum("Kronecker factors") for m in (factors.activation, factors.gradient))
+    def zeros(cls, factors: KroneckerFactors, dtype: torch.dtype, names: Names) -> RotatedSquares:
+        """Nothing yet, in the eigenbasis of a unit's factors, whose matrices are let go."""
+        call = f"Kronecker factors of {listed(map(repr, names))}"
+        found = factors.spectra or (m.spectrum(call) for m in (factors.activation, factors.gradient))
         a, g = (one.to(dtype) for one in found)
         nothing = a.basis.new_zeros(()).expand(g.basis.shape[1], a.basis.shape[1])  # which takes no memory
         return cls(a, g, factors.transposed, nothing)
@@ -471,7 +473,7 @@ class EKFAC(KFAC):
         others = {names: u for names, u in sums.units.items() if names not in factors}
 
         def moments(names: Names) -> RotatedSquares:
-            return RotatedSquares.zeros(factors[names], self.dtype)
+            return RotatedSquares.zeros(factors[names], self.dtype, names)
 
         new = {names: u.decomposition_cost for names, u in factors.items() if u.spectra is None}
         sent = {} if self.processes is None else self.processes.shared_out(new, moments)

@@ -49,7 +49,7 @@ class NearestProduct(KroneckerFactors):
         values, vectors = torch.linalg.eig(left @ right)
         mix = vectors[:, values.real.argmax()].real.abs().to(a.dtype)  # of numbers that are 0 or more
         on_inputs = mix @ a
-        on_inputs = on_inputs / on_inputs.norm().clamp_min(torch.finfo(a.dtype).tiny)
+        on_inputs = _unit(on_inputs)
         on_outputs = (a @ on_inputs) @ g
         return replace(
             self, activation=_moment(on_inputs.reshape_as(pairs[0][0])),
@@ -90,14 +90,15 @@ class HalfStep(UnitSums):
     @property
     def unit(self) -> Float[Tensor, "j j"]:
         """The total of norm 1; zero stays zero."""
-        return self.total / self.total.norm().clamp_min(torch.finfo(self.total.dtype).tiny)
+        return _unit(self.total)
 
     @property
     def converged(self) -> bool:
         """Whether two more passes would change nothing that matters."""
         if self.before is None:
             return not bool(self.total.any())
-        return float((self.unit - self.before).norm()) <= TOLERANCE[self.total.dtype]
+        # What is not finite changes no more; it is refused as an operator.
+        return not float((self.unit - self.before).norm()) > TOLERANCE[self.total.dtype]
 
     @property
     def over(self) -> bool:
@@ -168,6 +169,12 @@ class NKP(KFAC):
         going = {n: u.following() for n, u in sums.units.items() if isinstance(u, HalfStep) and not u.over}
         done = {names: unit for names, unit in sums.whole.items() if names not in going}
         return LayerSums(self, going, done) if going else None
+
+
+def _unit(matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Of norm 1; zero stays zero. The norm is in float64: squares of sums of squares leave float32 early."""
+    norm = torch.linalg.vector_norm(matrix, dtype=torch.float64)
+    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def _moment(matrix: Float[Tensor, "w w"]) -> SecondMoment:
