@@ -88,7 +88,7 @@ class Capture:
         self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, tuple[int, int]] = {}
         self._warned: set[str] = set()
-        self._watch = Watch(model, self)
+        self._watch = Watch(model, self.begin, self.end)
 
     def __getstate__(self) -> NoReturn:
         """Refuse to be copied or pickled."""
