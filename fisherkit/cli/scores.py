@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple
@@ -185,7 +186,7 @@ class Scores(ModelOptions):
 
         return Subject(train.model, train, queries, folder.likelihood, names, show, places)
 
-    def _fisher(self, subject: Subject) -> tuple[FisherOperator, float | None]:
+    def _fisher(self, subject: Subject, share: Share) -> tuple[FisherOperator, float | None]:
         """The Fisher, and the seconds it took."""
         if self.fisher is not None:
             return load(self.fisher, device=next(subject.model.parameters()).device), None
@@ -193,19 +194,20 @@ class Scores(ModelOptions):
         # Whose rows each process would have a part of, each has whole.
         whole = structure_named(self.structure, CALL).keeps_rows
         fisher = FisherApproximation(
-            subject.model, subject.train if whole else subject.share().data,
+            subject.model, subject.train if whole else share.data,
             rule_of(self.kind, call=CALL).with_seed(self.seed), progress=True, structure=self.structure,
             group=False if whole else None,
             likelihood=load_likelihood(self.likelihood or subject.likelihood, CALL),
             params=self.selection(subject.model, CALL),
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        if self.save_fisher is not None and subject.rank == 0:
+        if self.save_fisher is not None and (share.processes is None or share.processes.rank == 0):
             fisher.save(self.save_fisher)
         return fisher, seconds
 
     def _report(self, subject: Subject) -> Report:
-        fisher, fisher_seconds = self._fisher(subject)
+        share = subject.share()
+        fisher, fisher_seconds = self._fisher(subject, share)
         known = fisher.metadata.get("likelihood") if self.fisher is not None else None
         likelihood = load_likelihood(self.likelihood or known or subject.likelihood, CALL)
         start = time.perf_counter()
@@ -213,14 +215,14 @@ class Scores(ModelOptions):
         if self.damping is not None:
             damping = self.damping if self.absolute_damping else RelativeDamping(self.damping)
         influence = InfluenceScores(fisher, subject.model, likelihood=likelihood, progress=True, damping=damping)
-        train, count = (Source(data, subject.model).count() for data in (subject.train, subject.queries))
+        train, count = share.examples, Source(subject.queries, subject.model).count()
         order = list(range(count))
         if self.worst is not None:
             losses = [
                 loss for _, batch in subject.numbered("queries") for *_, loss in subject.outcomes(batch, likelihood)
             ]
             order = sorted(order, key=lambda i: -losses[i])[: self.worst]
-        queries, own, compression = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
+        queries, own, compression = self._scored(subject, share, likelihood, influence, sorted(order))
         computed = SimpleNamespace(
             model=self.model,
             kind=self.kind if self.fisher is None else spelled(fisher.metadata),
@@ -247,22 +249,18 @@ class Scores(ModelOptions):
         return Report(computed, tuple(queries[i] for i in order), own, held)
 
     def _scored(
-        self, subject: Subject, likelihood: Likelihood, influence: InfluenceScores, kept: list[int], top: int
+        self, subject: Subject, share: Share, likelihood: Likelihood, influence: InfluenceScores, kept: list[int]
     ) -> tuple[dict[int, Query], tuple[Example, ...], Compression | None]:
         """The queries by their place in the data, the largest self-influences, and how rows were compressed."""
-        share = subject.share()
         asked = [some.raw for _, some in subject.chosen("queries", kept)]
-        found, squares, told = self._of_share(influence, share, asked, top)
-        if share.processes is not None:
-            everyones = share.processes.gathered((found, squares, share.start))
-            found = _joined([(one, start) for one, _, start in everyones if one is not None], top)
-            squares = torch.cat([one for _, one, _ in everyones])
+        *mine, told = self._of_share(influence, share, asked)
+        everyones = [mine] if share.processes is None else share.processes.gathered(mine)
+        found = _joined([one for one, _ in everyones if one is not None], min(self.top, share.examples))
+        squares = torch.cat([one for _, one in everyones])
         helpful = [[p for p in pairs if p[0] > 0] for pairs in map(_pairs, found.helpful, found.helpful_index)]
         harmful = [[p for p in pairs if p[0] < 0] for pairs in map(_pairs, found.harmful, found.harmful_index)]
-        own: list[tuple[float, int]] = []
-        if self.own:
-            largest = squares.sort(descending=True, stable=True)
-            own = _pairs(largest.values[: self.own], largest.indices[: self.own])
+        largest = squares.sort(descending=True, stable=True)
+        own = _pairs(largest.values[: self.own], largest.indices[: self.own])
         train = subject.examples("train", {i for pairs in (*helpful, *harmful, own) for _, i in pairs}, likelihood)
         queries = subject.examples("queries", kept, likelihood)
 
@@ -273,10 +271,10 @@ class Scores(ModelOptions):
         return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own), told
 
     def _of_share(
-        self, influence: InfluenceScores, share: Share, queries: list[Any], top: int
-    ) -> tuple[Any, Tensor, Compression | None]:
+        self, influence: InfluenceScores, share: Share, queries: list[Any]
+    ) -> tuple[TopScores | None, Tensor, Compression | None]:
         """The extremes and the self-influences of this process's training examples; None for the former of none."""
-        if not share.examples:
+        if not share.places:
             return None, torch.empty(0, dtype=torch.float64), None
         train: Data | RowBlocks = share.data
         if self.rows is not None or self.compress is not None:
@@ -285,21 +283,18 @@ class Scores(ModelOptions):
                 compress = count_or_share(self.compress)
                 asked = {"compress": compress, "most_error": self.most_error, "queries": queries}
             train = influence.prepare(share.data, folder=self.rows, group=share.group, **asked)
-        found = influence.top(
-            queries, train, min(top, share.examples), measurement=self.measurement, normalize=self.normalize
-        )  # fmt: skip
+        top, start = min(self.top, len(share.places)), share.places.start
+        found = influence.top(queries, train, top, measurement=self.measurement, normalize=self.normalize)
+        found = replace(found, helpful_index=start + found.helpful_index, harmful_index=start + found.harmful_index)
         itself = influence.self_influence(train) if self.own else torch.empty(0)
         return found, itself, train.compression if isinstance(train, RowBlocks) else None
 
 
-def _joined(found: list[tuple[TopScores, int]], top: int) -> TopScores:
-    """The extremes of all processes' examples, of which come with them where they begin; of equal ones the earlier."""
+def _joined(found: list[TopScores], top: int) -> TopScores:
+    """The extremes of parts that follow each other; of equal ones the earlier."""
 
     def side(name: str, largest: bool) -> tuple[Tensor, Tensor]:
-        values = torch.cat([getattr(one, name) for one, _ in found], 1)
-        index = torch.cat([start + getattr(one, f"{name}_index") for one, start in found], 1)
-        order = index.argsort(1)
-        values, index = values.gather(1, order), index.gather(1, order)
+        values, index = (torch.cat([getattr(one, key) for one in found], 1) for key in (name, f"{name}_index"))
         first = values.sort(dim=1, descending=largest, stable=True).indices[:, :top]
         return values.gather(1, first), index.gather(1, first)
 
@@ -314,13 +309,13 @@ def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
 
 
 class Share(NamedTuple):
-    """The training batches of one process: how many examples, after how many others, and whom it shares with.
+    """The training batches of one process, the places of their examples among so many, and whom it shares with.
 
     ``group`` has the processes that have examples.
     """
 
     data: Data
-    start: int
+    places: range
     examples: int
     processes: Processes | None
     group: Group
@@ -338,24 +333,19 @@ class Subject:
     show: Callable[[str, int], Any] | None
     places: Mapping[str, list[str]]
 
-    @property
-    def rank(self) -> int:
-        """Of this process."""
-        processes = Processes.of(None, next(self.model.parameters()).device, CALL)
-        return 0 if processes is None else processes.rank
-
     def share(self) -> Share:
         """The training batches of this process, which are neighbours."""
         processes = Processes.of(None, next(self.model.parameters()).device, CALL)
-        sizes = [batch.size for _, batch in self.numbered("train")]
+        ends = [0, *accumulate(batch.size for _, batch in self.numbered("train"))]
+        batches, examples = len(ends) - 1, ends[-1]
         if processes is None:
-            return Share(self.train, 0, sum(sizes), None, None)
-        bounds = [-(-len(sizes) * rank // processes.size) for rank in range(processes.size + 1)]
+            return Share(self.train, range(examples), examples, None, None)
+        bounds = [-(-batches * rank // processes.size) for rank in range(processes.size + 1)]
         some = [rank for rank in range(processes.size) if bounds[rank] < bounds[rank + 1]]
         group = None if len(some) == processes.size else torch.distributed.new_group(some)
         first, last = bounds[processes.rank], bounds[processes.rank + 1]
-        batches = BatchShare(Source(self.train, self.model).batches, first, last)
-        return Share(batches, sum(sizes[:first]), sum(sizes[first:last]), processes, group)
+        own = BatchShare(Source(self.train, self.model).batches, first, last)
+        return Share(own, range(ends[first], ends[last]), examples, processes, group)
 
     def numbered(self, split: str) -> Iterator[tuple[int, Batch]]:
         """Batches with the place of their first example."""
