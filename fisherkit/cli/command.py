@@ -75,7 +75,7 @@ def error_in_flags(error: FisherkitError, command: str, flags: Mapping[str, str]
     elif name in _CALLS and keywords.partition("=")[0] in flags:
         call = f"{command} {in_flags(keywords.removesuffix(')'), flags).replace(',', '')}"
     got, expected, why, try_ = (in_flags(text, flags) for text in (error.got, error.expected, error.why, error.try_))
-    return str(FisherkitError(call=call, got=got, expected=expected, why=why, try_=try_))
+    return str(FisherkitError(call, got, expected, why=why, try_=try_))
 
 
 def in_flags(text: str, flags: Mapping[str, str]) -> str:
@@ -172,7 +172,7 @@ class Command:
         """Refuse torchrun before a command that is for one process: all would write the same files."""
         if world_size() > 1 and self.name not in ("estimate", "scores"):
             raise InvalidArgumentError(
-                call=f"fisherkit {self.name}", got=f"{world_size()} processes of torchrun", expected="one process",
+                f"fisherkit {self.name}", f"{world_size()} processes of torchrun", "one process",
                 why="only estimate and scores share their work among processes", try_="the command without torchrun",
             )  # fmt: skip
 
@@ -348,8 +348,8 @@ def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> Non
     there = [] if overwrite else [str(path) for path in paths if path.exists()]
     if there:
         raise InvalidArgumentError(
-            call=call, got=f"{', '.join(there)} to write, which {'is' if len(there) == 1 else 'are'} there",
-            expected="another name", try_="--overwrite replaces it",
+            call, f"{', '.join(there)} to write, which {'is' if len(there) == 1 else 'are'} there", "another name",
+            try_="--overwrite replaces it",
         )  # fmt: skip
 
 

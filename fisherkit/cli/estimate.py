@@ -86,7 +86,7 @@ class Estimate(ModelOptions):
         with started(self.device) as (rank, size):
             if size > 1 and structure_named(self.structure, CALL).keeps_rows:
                 raise InvalidArgumentError(
-                    call=CALL, got=f"structure={self.structure!r} in {size} processes", expected="one process",
+                    CALL, f"structure={self.structure!r} in {size} processes", "one process",
                     why="each process would keep rows of its own, and one file has all", try_='structure="ekfac"',
                 )  # fmt: skip
             model, data, options = self._asked()
@@ -167,7 +167,7 @@ def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:
     made = call_factory(spec, call)
     if not (isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise InvalidTypeError(
-            call=call, got=f"a {type(made).__name__} from {spec}()", expected="a pair (model, data)",
+            call, f"a {type(made).__name__} from {spec}()", "a pair (model, data)",
             try_="return model.eval(), [(inputs, targets), ...]",
         )  # fmt: skip
     return made[0], made[1]

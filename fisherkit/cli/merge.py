@@ -405,8 +405,8 @@ def _compare(paths: Sequence[Path], what: str, read: Callable[[Path], dict[str, 
         if differing:
             some = {name: (first.get(name), other.get(name)) for name in differing[:4]}
             raise InvalidArgumentError(
-                call=CALL, got=f"{paths[0].parent} and {path.parent}, which differ in {what}: {some}",
-                expected="models whose outputs and inputs mean the same",
+                CALL, f"{paths[0].parent} and {path.parent}, which differ in {what}: {some}",
+                "models whose outputs and inputs mean the same",
                 try_="--config-from-first, if the first one's is right for the merged model",
             )  # fmt: skip
 
@@ -429,7 +429,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileFormatError(call=CALL, got=f"{path}, which is not JSON ({error})", expected="a model's") from error
+        raise FileFormatError(CALL, f"{path}, which is not JSON ({error})", "a model's") from error
     return found if isinstance(found, dict) else {}
 
 
@@ -458,4 +458,4 @@ def _refuse_other_files(folder: Path, first: Path) -> None:
 
 
 def _refuse(got: str, expected: str, why: str = "", try_: str = "") -> NoReturn:
-    raise InvalidArgumentError(call=CALL, got=got, expected=expected, why=why, try_=try_)
+    raise InvalidArgumentError(CALL, got, expected, why=why, try_=try_)

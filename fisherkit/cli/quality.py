@@ -86,7 +86,7 @@ class Quality:
         model, data = load_pair(self.spec, CALL)
         batches = [batch.raw for batch in itertools.islice(Source(data, model).once(), self.batches)]
         if not batches:
-            raise DataError(call="data", got="no batch", expected="at least one example")
+            raise DataError("data", "no batch", "at least one example")
         likelihood = load_likelihood(self.likelihood, CALL)
         tables = [
             compare(

@@ -154,16 +154,13 @@ class Scores(ModelOptions):
         beside = [flag for name, flag in built.items() if name in given()]
         if self.fisher is not None and beside:
             raise InvalidArgumentError(
-                call=CALL, got=f"{', '.join(beside)} beside --fisher", expected="--fisher alone",
-                why="they are of a Fisher that is built",
-            )  # fmt: skip
-        if self.absolute_damping and self.damping is None:
-            raise InvalidArgumentError(
-                call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
+                CALL, f"{', '.join(beside)} beside --fisher", "--fisher alone", why="they are of a Fisher that is built"
             )
+        if self.absolute_damping and self.damping is None:
+            raise InvalidArgumentError(CALL, "--absolute-damping without --damping", "λ itself", try_="--damping 1e-3")
         if self.most_error is not None and self.compress is None:
             raise InvalidArgumentError(
-                call=CALL, got="--most-error without --compress", expected="both", why="whole rows have no such error"
+                CALL, "--most-error without --compress", "both", why="whole rows have no such error"
             )
         if self.save_fisher is not None:
             check_fisher_file(self.save_fisher, f"{CALL} --save-fisher", overwrite=self.overwrite)
@@ -379,7 +376,7 @@ class Subject:
         batch = batch.aligned(self.model, raw, shift=is_causal(self.model), ignore_index=likelihood.ignore_index)
         z, target, mask = likelihood.prepare(raw, batch.targets, CALL)
         if target is None:
-            raise DataError(call=CALL, got="data without targets", expected="targets", why="scores are those of a loss")
+            raise DataError(CALL, "data without targets", "targets", why="scores are those of a loss")
         losses = (likelihood.loss(z, target) * mask).sum(1).tolist()
         none: list[Any] = [None] * len(z)
         if isinstance(likelihood, Bernoulli):
@@ -421,9 +418,8 @@ class Subject:
         is_array = any(hasattr(picture, name) for name in arrays)
         if not (picture is None or is_array) or not (text is None or isinstance(text, str)):
             raise InvalidTypeError(
-                call=call, got=f"a {type(made).__name__}",
-                expected="a text, a picture as an array, a pair (picture, text), or None",
-            )  # fmt: skip
+                call, f"a {type(made).__name__}", "a text, a picture as an array, a pair (picture, text), or None"
+            )
         # Half a surrogate pair can be written to no file.
         told = None if text is None else text.encode("utf-8", "replace").decode()
         return told, None if picture is None else data_uri(picture, call)
@@ -436,8 +432,8 @@ def _of_function(spec: str, device: str) -> Subject:
     if not fits or (len(made) == 4 and not (made[3] is None or callable(made[3]))):
         size = f" of {len(made)}" if isinstance(made, (tuple, list)) else ""
         raise InvalidTypeError(
-            call=CALL, got=f"a {type(made).__name__}{size} from {spec}()",
-            expected="(model, train, queries) or (model, train, queries, show)",
+            CALL, f"a {type(made).__name__}{size} from {spec}()",
+            "(model, train, queries) or (model, train, queries, show)",
             try_='show = lambda split, index: ..., a text or a picture for split "train" or "queries"',
         )  # fmt: skip
     model, train, queries, show = (*made, None)[:4]

@@ -180,8 +180,8 @@ class Job:
             low, high = map(float, tensor.aminmax())
             if torch.finfo(dtype).max < max(-low, high) < math.inf:
                 raise NonFiniteError(
-                    call=self.call, got=f"entries of {name!r} up to {max(-low, high):.3g}, beyond {dtype}",
-                    expected="numbers that the result's dtype holds", try_="policy=MergePolicy(dtype=torch.float32)",
+                    self.call, f"entries of {name!r} up to {max(-low, high):.3g}, beyond {dtype}",
+                    "numbers that the result's dtype holds", try_="policy=MergePolicy(dtype=torch.float32)",
                 )  # fmt: skip
         return tensor.to(dtype)
 
@@ -199,12 +199,12 @@ class Job:
     def _path(self) -> Path:
         """The target's path, which must not be a model's."""
         if not isinstance(self.out, (str, Path)):
-            raise InvalidTypeError(call=self.call, got=f"out of type {type(self.out).__name__}", expected="a path")
+            raise InvalidTypeError(self.call, f"out of type {type(self.out).__name__}", "a path")
         ours = {place.resolve() for place in targets(Path(self.out))}
         for model in (*self.models, *([self.center] if self.center else [])):
             if ours & {file.resolve() for file in model.files}:
                 raise InvalidArgumentError(
-                    call=self.call, got=f"out={str(self.out)!r}, which is the place of {model.label}",
-                    expected="another place", why="it would be overwritten while it is read",
+                    self.call, f"out={str(self.out)!r}, which is the place of {model.label}", "another place",
+                    why="it would be overwritten while it is read",
                 )  # fmt: skip
         return Path(self.out)

@@ -155,17 +155,17 @@ class BlockwiseMerge:
                 outputs.append((average_over_outputs(block), difference))
             del block, operator, difference  # before the next are made
         if total is None:
-            raise InvalidArgumentError(call=self.job.call, got="no Fisher with a weight", expected="at least one")
+            raise InvalidArgumentError(self.job.call, "no Fisher with a weight", "at least one")
         try:
             delta, found = solve(total, right, self.scales.damping, self.job.policy)
         except SingularMatrixError as error:
             raise SingularMatrixError(
-                call=f"{self.job.call}(damping=0)",
-                got=f"a sum of Fishers that is singular in the block of {', '.join(map(repr, names[:4]))}",
-                expected="a positive definite sum",
+                f"{self.job.call}(damping=0)",
+                f"a sum of Fishers that is singular in the block of {', '.join(map(repr, names[:4]))}",
+                "a positive definite sum",
                 why=f"without damping nothing says where unmeasured directions should lie ({error.why})",
                 try_="damping=fk.RelativeDamping(1e-6), which leaves them at the center",
-            ) from error
+            ) from error  # fmt: skip
         size, residual, factors = len(center), float(found.residual.max()), self.scales.factors[names]
         against = self._against_average(delta, outputs, factors)
         self.infos.append(
