@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -47,30 +47,25 @@ class Estimate(ModelOptions):
         torchrun --nproc-per-node 2 -m fisherkit estimate my-model --data train.jsonl --out f.safetensors
     """
 
-    model: Annotated[
-        str,
-        argument(
-            "MODEL",
-            "A Hugging Face folder (sequence classification or causal language model), or "
-            '"package.module:function" that returns (model, data).',
-        ),
-    ]
-    out: Annotated[Path | None, option("FILE", "The Fisher file to write.", "none, with --plan")] = None
-    data: Annotated[Path | None, option("FILE", "A folder's texts and labels: .jsonl, .csv or .tsv.", "none")] = None
+    model: str = argument(
+        "MODEL",
+        "A Hugging Face folder (sequence classification or causal language model), or "
+        '"package.module:function" that returns (model, data).',
+    )
+    out: Path | None = option(None, "FILE", "The Fisher file to write.", "none, with --plan")
+    data: Path | None = option(None, "FILE", "A folder's texts and labels: .jsonl, .csv or .tsv.")
     kind: Kind = "truncated:2"
     structure: Structure = "diagonal"
     example: Example = "sequence"
-    normalization: Annotated[str, choice("Over examples", ("mean", "sum"))] = "mean"
-    kfac_positions: Annotated[str, choice("How kfac and ekfac take positions", ("expand", "reduce"))] = "expand"
-    memory_budget: Annotated[
-        float | None, option("BYTES", "For result and sums; beyond it in parts.", "half of what is available", min=1)
-    ] = None
-    plan: Annotated[bool, typer.Option("--plan", help="Say parts, passes, bytes and time, and estimate nothing.")] = (
-        False
+    normalization: str = choice("mean", "Over examples", ("mean", "sum"))
+    kfac_positions: str = choice("expand", "How kfac and ekfac take positions", ("expand", "reduce"))
+    memory_budget: float | None = option(
+        None, "BYTES", "For result and sums; beyond it in parts.", "half of what is available", min=1
     )
-    keep_dtype: Annotated[
-        str | None, choice("What factors and diagonals are kept in", ("bfloat16", "float32"), "that of the sums")
-    ] = None
+    plan: bool = option(False, "", "Say parts, passes, bytes and time, and estimate nothing.", name="--plan")
+    keep_dtype: str | None = choice(
+        None, "What factors and diagonals are kept in", ("bfloat16", "float32"), "that of the sums"
+    )
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
     as_json: AsJson = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import typer
@@ -73,59 +73,39 @@ class Scores(ModelOptions):
         fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores
     """
 
-    model: Annotated[
-        str,
-        argument(
-            "MODEL",
-            'A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
-            "train, queries, show).",
-        ),
-    ]
-    train: Annotated[
-        Path | None, option("FILE", "A folder's training texts and labels: .jsonl, .csv or .tsv.", "none")
-    ] = None
-    queries: Annotated[
-        Path | None, option("FILE", "Texts and labels of the predictions to explain, likewise.", "none")
-    ] = None
-    fisher: Annotated[Path | None, option("FILE", "A Fisher file of this model.", "one is built")] = None
+    model: str = argument(
+        "MODEL",
+        'A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
+        "train, queries, show).",
+    )
+    train: Path | None = option(None, "FILE", "A folder's training texts and labels: .jsonl, .csv or .tsv.")
+    queries: Path | None = option(None, "FILE", "Texts and labels of the predictions to explain, likewise.")
+    fisher: Path | None = option(None, "FILE", "A Fisher file of this model.", "one is built")
     kind: Kind = "truncated:2"
     structure: Structure = "ekfac"
-    save_fisher: Annotated[Path | None, option("FILE", "Write the Fisher that is built.", "none")] = None
-    damping: Annotated[
-        float | None,
-        option(
-            "λ", "A multiple of the mean eigenvalue, or λ itself with --absolute-damping.",
-            "full, block: 1; kfac, ekfac: 0.1; diagonal: 0.01", min=0,
-        ),
-    ] = None  # fmt: skip
-    absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
-    measurement: Annotated[str, choice("What of a query", ("loss", "margin"))] = "loss"
-    normalize: Annotated[str | None, choice("Against outliers with large gradients", ("relatif",), "none")] = None
-    top: Annotated[int, option("K", "Most helpful, and most harmful, for each query.", min=1)] = 5
-    worst: Annotated[int | None, option("N", "Only the N queries with the largest loss.", "all", min=1)] = None
-    rows: Annotated[
-        Path | None,
-        option(
-            "FOLDER",
-            "Keep training rows there: an interrupted run goes on from them, and other queries take them as they are.",
-            "made anew",
-        ),
-    ] = None  # fmt: skip
-    compress: Annotated[
-        str | None,
-        option(
-            "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share of its effective "
-            "dimension, as 0.9, or so many on either side, as 64.", "whole rows", parser=compress_check,
-        ),
-    ] = None  # fmt: skip
-    most_error: Annotated[
-        float | None,
-        option("E", "Refuse --compress if it changes a query's scores by more, in the median.", "any", min=0),
-    ] = None
-    own: Annotated[int, typer.Option("--self", metavar="N", min=0, help="List the N largest self-influences too.")] = 0
-    out: Annotated[
-        Path | None, option("FOLDER", "Write scores.html, a page to show, and scores.json there.", "none")
-    ] = None
+    save_fisher: Path | None = option(None, "FILE", "Write the Fisher that is built.")
+    damping: float | None = option(
+        None, "λ", "A multiple of the mean eigenvalue, or λ itself with --absolute-damping.",
+        "full, block: 1; kfac, ekfac: 0.1; diagonal: 0.01", min=0,
+    )  # fmt: skip
+    absolute_damping: bool = option(False, "", "--damping is λ itself.", name="--absolute-damping")
+    measurement: str = choice("loss", "What of a query", ("loss", "margin"))
+    normalize: str | None = choice(None, "Against outliers with large gradients", ("relatif",))
+    top: int = option(5, "K", "Most helpful, and most harmful, for each query.", min=1)
+    worst: int | None = option(None, "N", "Only the N queries with the largest loss.", "all", min=1)
+    rows: Path | None = option(
+        None, "FOLDER", "Keep training rows there: an interrupted run goes on from them, and other queries take them "
+        "as they are.", "made anew",
+    )  # fmt: skip
+    compress: str | None = option(
+        None, "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share of its "
+        "effective dimension, as 0.9, or so many on either side, as 64.", "whole rows", parser=compress_check,
+    )  # fmt: skip
+    most_error: float | None = option(
+        None, "E", "Refuse --compress if it changes a query's scores by more, in the median.", "any", min=0
+    )
+    own: int = option(0, "N", "List the N largest self-influences too.", name="--self", min=0)
+    out: Path | None = option(None, "FOLDER", "Write scores.html, a page to show, and scores.json there.")
     overwrite: Overwrite = False
     as_json: AsJson = False
 
@@ -250,7 +230,8 @@ class Scores(ModelOptions):
     ) -> tuple[dict[int, Query], tuple[Example, ...], Compression | None]:
         """The queries by their place in the data, the largest self-influences, and how rows were compressed."""
         asked = [some.raw for _, some in subject.chosen("queries", kept)]
-        *mine, told = self._of_share(influence, share, asked)
+        extremes, itself, told = self._of_share(influence, share, asked)
+        mine = extremes, itself
         everyones = [mine] if share.processes is None else share.processes.gathered(mine)
         found = _joined([one for one, _ in everyones if one is not None], min(self.top, share.examples))
         squares = torch.cat([one for _, one in everyones])

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,26 +57,23 @@ LIKELIHOODS = {
 class ModelOptions:
     """What commands have in common that run a model on data."""
 
-    text_column: Annotated[str, option("NAME", "Column of the text.")] = "text"
-    pair_column: Annotated[str | None, option("NAME", "Column of a second text.", "none")] = None
-    label_column: Annotated[str, option("NAME", "Column of the label; causal models need none.")] = "label"
-    examples: Annotated[int | None, option("N", "Draw this many of the (training) texts.", "all", min=1)] = None
-    batch_size: Annotated[int, option("N", "Texts in a batch; no effect on the result.", min=1)] = 32
-    max_length: Annotated[
-        int | None, option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1)
-    ] = None
-    params: Annotated[
-        list[str] | None,
-        option("PATTERN", 'Parameters by name, such as "classifier.*"; may be repeated.', "all that require grad"),
-    ] = None
-    likelihood: Annotated[
-        str | None, option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check)
-    ] = None
+    text_column: str = option("text", "NAME", "Column of the text.")
+    pair_column: str | None = option(None, "NAME", "Column of a second text.")
+    label_column: str = option("label", "NAME", "Column of the label; causal models need none.")
+    examples: int | None = option(None, "N", "Draw this many of the (training) texts.", "all", min=1)
+    batch_size: int = option(32, "N", "Texts in a batch; no effect on the result.", min=1)
+    max_length: int | None = option(None, "N", "Tokens that a text is cut to.", "the most that the model allows", min=1)
+    params: list[str] | None = option(
+        None, "PATTERN", 'Parameters by name, such as "classifier.*"; may be repeated.', "all that require grad"
+    )
+    likelihood: str | None = option(
+        None, "NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check
+    )
     device: Device = "cpu"
-    dtype: Annotated[
-        str | None, option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check)
-    ] = None
-    seed: Annotated[int, option("N", "Seed of drawn texts and sampled labels.", min=0)] = 0
+    dtype: str | None = option(
+        None, "NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check
+    )
+    seed: int = option(0, "N", "Seed of drawn texts and sampled labels.", min=0)
 
     def texts(self, spec: str, files: Mapping[str, Path | None], call: str) -> list[TextBatches] | None:
         """The batches of each file of texts, if the model is a folder; None if it is a user's function.
