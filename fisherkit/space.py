@@ -21,13 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fisherkit.arithmetic import HALF, all_finite
-from fisherkit.errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    ModelError,
-    NonFiniteError,
-    UnknownParameterError,
-)
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, UnknownParameterError
 from fisherkit.wrappers import matching
 
 Vector = TypeVar("Vector", Tensor, Mapping[str, Tensor])

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import without_autocast
-from fisherkit.errors import (
-    FisherkitError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    MemoryBudgetError,
-)
+from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError, MemoryBudgetError
 from fisherkit.operators import DiagonalOperator, FisherOperator, split
 from fisherkit.operators.composite import join
 

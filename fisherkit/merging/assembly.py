@@ -20,6 +20,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteEr
 from fisherkit.io.model_files import targets, written
 from fisherkit.merging.models import ModelSource, weighted_average
 from fisherkit.merging.policy import Entries, MergePolicy
+from fisherkit.operators import Damping
 from fisherkit.progress import bar
 
 Merged = Iterable[tuple[str, Tensor]]
@@ -132,7 +133,7 @@ class MergeInfo:
 
 @dataclass(frozen=True)
 class Job:
-    """What every way of merging is given."""
+    """What every way of merging is given, and in the last three fields those by Fishers."""
 
     call: str
     models: Sequence[ModelSource]
@@ -143,6 +144,9 @@ class Job:
     overwrite: bool
     return_info: bool
     progress: bool
+    damping: Damping = 0.0
+    normalize: str | None = None
+    output_damping: float = 0.0
 
     def result(self, entries: Entries, merged: Merged, **info: Any) -> Any:
         """What the public call returns; ``info`` is more of the `MergeInfo`, read when all tensors are computed."""
@@ -150,8 +154,9 @@ class Job:
         if not self.return_info:
             return found
         names = {name: str(entry) for name, entry in entries.items()}
+        ours = {"method": self.call, "weights": self.weights, "names": names, "normalize": self.normalize}
         info["blocks"] = tuple(info.get("blocks", ()))
-        return found, MergeInfo(**{"method": self.call, "weights": self.weights, "names": names, **info})
+        return found, MergeInfo(**{**ours, "output_damping": self.output_damping, **info})
 
     def _assembled(self, entries: Entries, merged: Merged) -> dict[str, Tensor] | Path:
         ties = {name: entry.owner for name, entry in entries.items() if entry.action == "tied"}

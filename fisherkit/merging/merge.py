@@ -119,12 +119,13 @@ def merge(
     """
     call = "merge"
     output_damping = check_number(call, "output_damping", output_damping)
-    given, sources = _opened(models, fishers, call)
+    given = open_models(models, call)
+    sources = open_fishers(fishers, given, call)
     job = Job(
         call, given, _weights(weights, sources, normalize, call), _center(center, call),
-        checked(policy, call, "refuse"), out, overwrite, return_info, progress,
+        checked(policy, call, "refuse"), out, overwrite, return_info, progress, damping, normalize, output_damping,
     )  # fmt: skip
-    return _merged(job, sources, sources, damping, normalize, output_damping)
+    return _merged(job, sources, sources)
 
 
 def regmean(
@@ -174,42 +175,26 @@ def regmean(
     """
     call = "regmean"
     shrink = check_number(call, "shrink", shrink, most=1)
-    given, sources = _opened(models, fishers, call)
+    given = open_models(models, call)
+    sources = open_fishers(fishers, given, call)
     job = Job(
         call, given, _weights(weights, sources, None, call), None, checked(policy, call, "average"),
-        out, overwrite, return_info, progress,
+        out, overwrite, return_info, progress, damping,
     )  # fmt: skip
-    return _merged(job, sources, [activations(source, shrink) for source in sources], damping, None, 0.0)
+    return _merged(job, sources, [activations(source, shrink) for source in sources])
 
 
 @without_autocast()
-def _merged(
-    job: Job,
-    measured: Sequence[FisherSource],
-    sources: Sequence[FisherSource],
-    damping: Damping,
-    normalize: str | None,
-    output_damping: float,
-) -> Any:
+def _merged(job: Job, measured: Sequence[FisherSource], sources: Sequence[FisherSource]) -> Any:
     """The result, of Fishers that were measured at the models and are merged as other matrices."""
     call = job.call
     unverified = check_measured(job.models, measured, job.policy.other_weights, call)
     covered = [name for name in sources[0].space.names if all(name in source.space.slices for source in sources)]
     entries = Decision(job.models, set(covered), job.center, job.policy, call).entries()
     blocks = _blocks(entries, job, sources, [name for name in covered if entries[name].action == "merged"])
-    scales = measure(sources, blocks, job.weights, normalize, damping, call, progress=job.progress)
-    problem = BlockwiseMerge(job, sources, scales, output_damping)
-    return job.result(
-        entries, problem.solutions(), normalize=normalize, damping=scales.damping, output_damping=output_damping,
-        blocks=problem.infos, unverified=unverified,
-    )  # fmt: skip
-
-
-def _opened(
-    models: Sequence[Model], fishers: Sequence[Fisher], call: str
-) -> tuple[list[ModelSource], list[FisherSource]]:
-    given = open_models(models, call)
-    return given, open_fishers(fishers, given, call)
+    scales = measure(job, sources, blocks)
+    problem = BlockwiseMerge(job, sources, scales)
+    return job.result(entries, problem.solutions(), damping=scales.damping, blocks=problem.infos, unverified=unverified)
 
 
 def _weights(
@@ -449,16 +434,14 @@ def merge_layers(
     _check_stages(order, space, call)
     own = check_weights(weights, len(sources), call)
     allowed = checked(policy, call, "refuse")
-    job = Job(call, sources, own, None, allowed, out, overwrite, return_info, progress)
+    job = Job(
+        call, sources, own, None, allowed, out, overwrite, return_info, progress, damping, normalize, output_damping
+    )
     entries = Decision(sources, {name for names in order for name in names}, None, allowed, call).entries()
     order = [names for stage in order if (names := tuple(n for n in stage if entries[n].action == "merged"))]
     _check_some(order, call)
-    settings = {"damping": damping, "normalize": normalize, "output_damping": output_damping, "policy": policy}
     infos: list[MergeInfo] = []
-    found = job.result(
-        entries, _stages(job, models, data, fisher, order, entries, infos, settings), normalize=normalize,
-        output_damping=output_damping,
-    )  # fmt: skip
+    found = job.result(entries, _stages(job, models, data, fisher, order, entries, infos))
     if not return_info:
         return found
     blocks = tuple(block for info in infos for block in info.blocks)
@@ -467,7 +450,7 @@ def merge_layers(
 
 def _stages(
     job: Job, models: Sequence[nn.Module], data: Sequence[Data], fisher: Callable[..., FisherOperator],
-    order: Sequence[tuple[str, ...]], entries: Entries, infos: list[MergeInfo], settings: dict[str, Any],
+    order: Sequence[tuple[str, ...]], entries: Entries, infos: list[MergeInfo],
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Every staged name and its merged values; ``infos`` gets what each stage's merge did."""
     between = [copy.deepcopy(unwrapped(model)) for model in models]
@@ -480,7 +463,10 @@ def _stages(
         for names in order:
             fishers = [fisher(model, own, params=list(names)) for model, own in zip(between, data, strict=True)]
             states = [{name: model.get_parameter(name) for name in names} for model in between]
-            merged, info = merge(states, fishers, job.weights, return_info=True, **settings)
+            merged, info = merge(
+                states, fishers, job.weights, damping=job.damping, normalize=job.normalize,
+                output_damping=job.output_damping, policy=job.policy, return_info=True,
+            )  # fmt: skip
             infos.append(info)
             for name, tensor in merged.items():
                 _put(between, name, tensor)
