@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -290,11 +289,7 @@ class Merge:
         missing += [str(path) for path in fishers if not path.exists() and not index_of(path).exists()]
         if missing:
             _refuse(f"paths that do not exist: {missing}", "models and Fisher files", try_="check the paths")
-        if not out.absolute().parent.is_dir():
-            _refuse(
-                f"--out in a folder that does not exist: {out.parent}", "an existing folder",
-                try_=f"mkdir -p {shlex.quote(str(out.parent))}",
-            )  # fmt: skip
+        io.require_folder(out.parent, f"{CALL} --out")
         if folders and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
             _refuse(
                 f"models that are folders and --out {out}, a file", "the name of a folder",

@@ -145,7 +145,7 @@ class Scores(ModelOptions):
         if self.save_fisher is not None:
             check_fisher_file(self.save_fisher, f"{CALL} --save-fisher", overwrite=self.overwrite)
         if self.rows is not None:
-            io.require_folder(self.rows.absolute().parent, f"{CALL} --rows")
+            io.require_folder(self.rows.parent, f"{CALL} --rows")
 
     def _subject(self) -> Subject:
         """The model with its data."""

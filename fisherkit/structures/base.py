@@ -453,11 +453,11 @@ def structures() -> dict[str, type[Structure]]:
     return dict(_BY_NAME)
 
 
-def structure_named(name: object, call: str, argument: str = "structure") -> type[Structure]:
-    """The structure of a name; ``argument`` is the argument's name, for the error where there is none."""
+def structure_named(name: object, call: str) -> type[Structure]:
+    """The structure of a name, or an error where there is none."""
     known = structures()
     if not isinstance(name, str) or name not in known:
-        raise InvalidArgumentError(call, f"{argument}={name!r}", f"one of {list(known)}")
+        raise InvalidArgumentError(call, f"structure={name!r}", f"one of {list(known)}")
     return known[name]
 
 
