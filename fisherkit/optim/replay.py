@@ -226,8 +226,8 @@ class Replay(Capture):
             if not bool((found - expected).norm() > allowed):  # nor where the loss has diverged
                 return
         raise ModelError(
-            call=f"{self.call}.step", got="outputs of the sharded model that a copy with all weights does not have",
-            expected="the same", why="rows of a sharded model are made by one more pass, of a copy",
+            f"{self.call}.step", "outputs of the sharded model that a copy with all weights does not have", "the same",
+            why="rows of a sharded model are made by one more pass, of a copy",
             try_="a forward pass that gives the same again, outputs that are not changed in place, and weights that "
             "change in step() alone",
         )  # fmt: skip
