@@ -29,9 +29,9 @@ def check_positive(call: str, name: str, value: object) -> None:
     if value is None:
         return
     if not is_integer(value):
-        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer or None")
+        raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", "an integer or None")
     if value < 1:
-        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected="1 or more, or None")
+        raise InvalidArgumentError(call, f"{name}={value}", "1 or more, or None")
 
 
 def check_count(call: str, name: str, value: object, *, optional: bool = False, most: int | None = None) -> None:
@@ -40,25 +40,23 @@ def check_count(call: str, name: str, value: object, *, optional: bool = False, 
         return
     if not (is_integer(value) and value >= 1 and (most is None or value <= most)):
         allowed = "an integer, 1 or more" if most is None else f"an integer from 1 to D = {most}"
-        raise InvalidArgumentError(
-            call=call, got=f"{name}={value!r}", expected=allowed + (", or None" if optional else "")
-        )
+        raise InvalidArgumentError(call, f"{name}={value!r}", allowed + (", or None" if optional else ""))
 
 
 def check_number(call: str, name: str, value: object, *, most: float = math.inf) -> float:
     """A finite number from 0 to ``most``; an InvalidTypeError or InvalidArgumentError for anything else."""
     if not is_number(value):
-        raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="a number")
+        raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", "a number")
     if not (math.isfinite(value) and 0 <= value <= most):
         expected = "a finite number, 0 or more" if most == math.inf else f"a number from 0 to {most:g}"
-        raise InvalidArgumentError(call=call, got=f"{name}={value}", expected=expected)
+        raise InvalidArgumentError(call, f"{name}={value}", expected)
     return float(value)
 
 
 def check_choice(call: str, name: str, value: object, allowed: Sequence[object]) -> None:
     """An argument that is one of a few words."""
     if value not in allowed:
-        raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected=f"one of {list(allowed)}")
+        raise InvalidArgumentError(call, f"{name}={value!r}", f"one of {list(allowed)}")
 
 
 def check_device(call: str, device: torch.device | str) -> torch.device:
@@ -72,6 +70,4 @@ def check_device(call: str, device: torch.device | str) -> torch.device:
         unknown = "device type at start of device string" in str(error)
         why = "there is no such kind of device" if unknown else str(error).splitlines()[0]
     there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-    raise InvalidArgumentError(
-        call=call, got=f"device={str(device)!r}", expected=f"a device of this machine: {there}", why=why
-    )
+    raise InvalidArgumentError(call, f"device={str(device)!r}", f"a device of this machine: {there}", why=why)

@@ -39,7 +39,7 @@ class FisherkitError(Exception):
         try_: what to do next.
     """
 
-    def __init__(self, *, call: str, got: str, expected: str = "", why: str = "", try_: str = "") -> None:
+    def __init__(self, call: str, got: str, expected: str = "", *, why: str = "", try_: str = "") -> None:
         self.call, self.got, self.expected, self.why, self.try_ = call, got, expected, why, try_
         parts = [f"{call}: got {got}" + (f"; expected {expected}." if expected else ".")]
         if why:
@@ -119,8 +119,8 @@ class MissingPackageError(FisherkitError, ImportError):
             extra: of fisherkit's.
             error: as Python raised it.
         """
-        expected, advice = f"{package}, which only this part of fisherkit needs", f'pip install "fisherkit[{extra}]"'
-        return cls(call=call, got=f"no {package} ({error})", expected=expected, try_=advice)
+        needed, advice = f"{package}, which only this part of fisherkit needs", f'pip install "fisherkit[{extra}]"'
+        return cls(call, f"no {package} ({error})", needed, try_=advice)
 
 
 class ProcessError(FisherkitError, RuntimeError):

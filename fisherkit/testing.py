@@ -149,7 +149,7 @@ class _Check:
     def require(self, operation: str, holds: bool, got: str, expected: str) -> None:
         """Raise a ConformanceError unless a promise about the form of a result holds."""
         if not holds:
-            raise ConformanceError(call=self.name(operation), got=got, expected=expected)
+            raise ConformanceError(self.name(operation), got, expected)
 
     def attempt(self, operation: str, function: Callable[[], _T]) -> _T | None:
         """The result, or None where the structure may and does refuse, with a way out."""
@@ -186,12 +186,12 @@ def _checked_matrix(operator: FisherOperator, dense: Tensor, tolerance: float) -
     """The reference matrix in float64, exactly symmetric, or an InvalidArgumentError."""
     call, size = "check_fisher(dense)", operator.size
     if tuple(dense.shape) != (size, size):
-        raise InvalidArgumentError(call=call, got=f"shape {list(dense.shape)}", expected=f"[{size}, {size}]")
+        raise InvalidArgumentError(call, f"shape {list(dense.shape)}", f"[{size}, {size}]")
     matrix = dense.detach().to(operator.device, torch.float64)
     if not all_finite(matrix):
-        raise InvalidArgumentError(call=call, got="NaN or infinite entries", expected="finite numbers")
+        raise InvalidArgumentError(call, "NaN or infinite entries", "finite numbers")
     if _relative_error(matrix.mT, matrix) > tolerance:
-        raise InvalidArgumentError(call=call, got="a matrix that is not symmetric", expected="a symmetric one")
+        raise InvalidArgumentError(call, "a matrix that is not symmetric", "a symmetric one")
     return (matrix + matrix.mT) / 2
 
 
@@ -238,9 +238,9 @@ def check_fisher(
     """
     call = "check_fisher"
     if not isinstance(operator, FisherOperator):
-        raise InvalidTypeError(call=call, got=f"a {type(operator).__name__}", expected="a FisherOperator")
+        raise InvalidTypeError(call, f"a {type(operator).__name__}", "a FisherOperator")
     if tolerance is not None and not 0 < tolerance < math.inf:
-        raise InvalidArgumentError(call=call, got=f"tolerance={tolerance}", expected="a positive number, or None")
+        raise InvalidArgumentError(call, f"tolerance={tolerance}", "a positive number, or None")
     limit = TOLERANCES.get(operator.dtype, 5e-2) if tolerance is None else tolerance
     matrix = _checked_matrix(operator, dense, limit)
     seeds = torch.Generator().manual_seed(0) if generator is None else generator
@@ -484,7 +484,7 @@ def _files(check: _Check) -> None:
             restored = load(path, device=operator.device)
         except FileFormatError as error:
             got = f"a file that load refuses: {error}"
-            raise ConformanceError(call=check.name("save"), got=got, expected="one that load reads") from error
+            raise ConformanceError(check.name("save"), got, "one that load reads") from error
     check.require("save", restored.space == operator.space, f"{restored.space}", f"{operator.space}")
     check.require("save", restored.metadata == operator.metadata, f"{restored.metadata}", f"{operator.metadata}")
     for name in ("matvec", "diagonal", "trace"):

@@ -18,10 +18,10 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, get_args, get_type_hints
+from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
 import typer
 from tqdm.auto import tqdm
@@ -75,7 +75,7 @@ def error_in_flags(error: FisherkitError, command: str, flags: Mapping[str, str]
     elif name in _CALLS and keywords.partition("=")[0] in flags:
         call = f"{command} {in_flags(keywords.removesuffix(')'), flags).replace(',', '')}"
     got, expected, why, try_ = (in_flags(text, flags) for text in (error.got, error.expected, error.why, error.try_))
-    return str(FisherkitError(call=call, got=got, expected=expected, why=why, try_=try_))
+    return str(FisherkitError(call, got, expected, why=why, try_=try_))
 
 
 def in_flags(text: str, flags: Mapping[str, str]) -> str:
@@ -121,12 +121,15 @@ EXAMPLE_WIDTH = 72
 REPLACED = "replaced"
 """The name that a folder has while another takes its place."""
 
+TYPER = "typer"
+"""Under which a field's metadata have what typer is told of it."""
+
 KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self"}
 """Of the package, where an option has another name."""
 
 
 class Settings(Protocol):
-    """A command's options as a frozen record; its fields have typer's annotations, its docstring is the help.
+    """A command's options as a frozen record of fields by `fisherkit.cli.options`; its docstring is the help.
 
     The docstring's first paragraph stands in the list of commands, its examples under the options.
     """
@@ -149,12 +152,16 @@ class Command:
     @property
     def signature(self) -> inspect.Signature:
         """The command's options for typer, those of its own before those that it shares."""
-        hints = get_type_hints(self.settings, include_extras=True)
-        fields = inspect.signature(self.settings).parameters.values()
-        own = sorted(fields, key=lambda parameter: parameter.name not in self.settings.__annotations__)
+        record: Any = self.settings
+        hints = get_type_hints(record, include_extras=True)
+        for own in fields(record):
+            if TYPER in own.metadata:
+                hints[own.name] = Annotated[hints[own.name], own.metadata[TYPER]]
+        parameters = inspect.signature(record).parameters.values()
+        ordered = sorted(parameters, key=lambda parameter: parameter.name not in record.__annotations__)
         keyword = inspect.Parameter.KEYWORD_ONLY
         context = inspect.Parameter("context", keyword, annotation=typer.Context)
-        return inspect.Signature([context, *(p.replace(kind=keyword, annotation=hints[p.name]) for p in own)])
+        return inspect.Signature([context, *(p.replace(kind=keyword, annotation=hints[p.name]) for p in ordered)])
 
     @property
     def flags(self) -> dict[str, str]:
@@ -172,7 +179,7 @@ class Command:
         """Refuse torchrun before a command that is for one process: all would write the same files."""
         if world_size() > 1 and self.name not in ("estimate", "scores"):
             raise InvalidArgumentError(
-                call=f"fisherkit {self.name}", got=f"{world_size()} processes of torchrun", expected="one process",
+                f"fisherkit {self.name}", f"{world_size()} processes of torchrun", "one process",
                 why="only estimate and scores share their work among processes", try_="the command without torchrun",
             )  # fmt: skip
 
@@ -348,8 +355,8 @@ def refuse_existing(paths: Iterable[Path], call: str, *, overwrite: bool) -> Non
     there = [] if overwrite else [str(path) for path in paths if path.exists()]
     if there:
         raise InvalidArgumentError(
-            call=call, got=f"{', '.join(there)} to write, which {'is' if len(there) == 1 else 'are'} there",
-            expected="another name", try_="--overwrite replaces it",
+            call, f"{', '.join(there)} to write, which {'is' if len(there) == 1 else 'are'} there", "another name",
+            try_="--overwrite replaces it",
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -47,30 +47,25 @@ class Estimate(ModelOptions):
         torchrun --nproc-per-node 2 -m fisherkit estimate my-model --data train.jsonl --out f.safetensors
     """
 
-    model: Annotated[
-        str,
-        argument(
-            "MODEL",
-            "A Hugging Face folder (sequence classification or causal language model), or "
-            '"package.module:function" that returns (model, data).',
-        ),
-    ]
-    out: Annotated[Path | None, option("FILE", "The Fisher file to write.", "none, with --plan")] = None
-    data: Annotated[Path | None, option("FILE", "A folder's texts and labels: .jsonl, .csv or .tsv.", "none")] = None
+    model: str = argument(
+        "MODEL",
+        "A Hugging Face folder (sequence classification or causal language model), or "
+        '"package.module:function" that returns (model, data).',
+    )
+    out: Path | None = option(None, "FILE", "The Fisher file to write.", "none, with --plan")
+    data: Path | None = option(None, "FILE", "A folder's texts and labels: .jsonl, .csv or .tsv.")
     kind: Kind = "truncated:2"
     structure: Structure = "diagonal"
     example: Example = "sequence"
-    normalization: Annotated[str, choice("Over examples", ("mean", "sum"))] = "mean"
-    kfac_positions: Annotated[str, choice("How kfac and ekfac take positions", ("expand", "reduce"))] = "expand"
-    memory_budget: Annotated[
-        float | None, option("BYTES", "For result and sums; beyond it in parts.", "half of what is available", min=1)
-    ] = None
-    plan: Annotated[bool, typer.Option("--plan", help="Say parts, passes, bytes and time, and estimate nothing.")] = (
-        False
+    normalization: str = choice("mean", "Over examples", ("mean", "sum"))
+    kfac_positions: str = choice("expand", "How kfac and ekfac take positions", ("expand", "reduce"))
+    memory_budget: float | None = option(
+        None, "BYTES", "For result and sums; beyond it in parts.", "half of what is available", min=1
     )
-    keep_dtype: Annotated[
-        str | None, choice("What factors and diagonals are kept in", ("bfloat16", "float32"), "that of the sums")
-    ] = None
+    plan: bool = option(False, "", "Say parts, passes, bytes and time, and estimate nothing.", name="--plan")
+    keep_dtype: str | None = choice(
+        None, "What factors and diagonals are kept in", ("bfloat16", "float32"), "that of the sums"
+    )
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
     as_json: AsJson = False
@@ -86,7 +81,7 @@ class Estimate(ModelOptions):
         with started(self.device) as (rank, size):
             if size > 1 and structure_named(self.structure, CALL).keeps_rows:
                 raise InvalidArgumentError(
-                    call=CALL, got=f"structure={self.structure!r} in {size} processes", expected="one process",
+                    CALL, f"structure={self.structure!r} in {size} processes", "one process",
                     why="each process would keep rows of its own, and one file has all", try_='structure="ekfac"',
                 )  # fmt: skip
             model, data, options = self._asked()
@@ -167,7 +162,7 @@ def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:
     made = call_factory(spec, call)
     if not (isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise InvalidTypeError(
-            call=call, got=f"a {type(made).__name__} from {spec}()", expected="a pair (model, data)",
+            call, f"a {type(made).__name__} from {spec}()", "a pair (model, data)",
             try_="return model.eval(), [(inputs, targets), ...]",
         )  # fmt: skip
     return made[0], made[1]

@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fisherkit import io, merging
 from fisherkit.cli.command import expect, make_folder, require
-from fisherkit.cli.options import AsJson, MaxShardSize, Overwrite, argument, choice, option
+from fisherkit.cli.options import REQUIRED, AsJson, MaxShardSize, Overwrite, argument, choice, option
 from fisherkit.cli.text import WIDTH, number, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
 from fisherkit.evaluation import audit
@@ -56,9 +56,9 @@ class Show:
         fisherkit show fisher.safetensors --out picture
     """
 
-    file: Annotated[Path, argument("FILE", "A Fisher file, or the index of one in shards.")]
+    file: Path = argument("FILE", "A Fisher file, or the index of one in shards.")
     as_json: AsJson = False
-    out: Annotated[Path | None, option("FOLDER", "Write show.json and show.png there; made if missing.", "none")] = None
+    out: Path | None = option(None, "FOLDER", "Write show.json and show.png there; made if missing.")
     overwrite: Overwrite = False
 
     def run(self) -> None:
@@ -224,17 +224,12 @@ class Audit:
         fisherkit audit squared-gradients.safetensors exact.safetensors --batch-size 32
     """
 
-    other: Annotated[
-        Path,
-        argument("OTHER", "A Fisher file, or any safetensors file of a diagonal: parameter name -> tensor."),
-    ]
-    exact: Annotated[Path, argument("EXACT", "A Fisher file.")]
-    compare: Annotated[
-        str | None, choice("What is compared", ("diagonal", "matrix"), "the matrix where both have one")
-    ] = None
-    batch_size: Annotated[
-        int | None, option("B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1)
-    ] = None
+    other: Path = argument("OTHER", "A Fisher file, or any safetensors file of a diagonal: parameter name -> tensor.")
+    exact: Path = argument("EXACT", "A Fisher file.")
+    compare: str | None = choice(None, "What is compared", ("diagonal", "matrix"), "the matrix where both have one")
+    batch_size: int | None = option(
+        None, "B", "Size of the batches behind OTHER, to recognise their squares.", "unknown", min=1
+    )
     as_json: AsJson = False
 
     def run(self) -> None:
@@ -283,14 +278,12 @@ class Export:
         fisherkit export a.safetensors --to mergekit --model A --out fisher-of-a
     """
 
-    file: Annotated[Path, argument("FILE", "A Fisher file, or the index of one in shards.")]
-    model: Annotated[Path, option("PATH", "The Hugging Face folder of the model that it was measured on.")]
-    out: Annotated[Path, option("PATH", "The folder to write.")]
-    to: Annotated[str, choice("The tool", ("mergekit",))] = "mergekit"
-    uncovered: Annotated[str, choice("Tensors of the model that the Fisher lacks", UNCOVERED)] = "refuse"
-    other_weights: Annotated[
-        str, choice("A Fisher measured at other weights than the model's", WORDS["other_weights"])
-    ] = "refuse"
+    file: Path = argument("FILE", "A Fisher file, or the index of one in shards.")
+    model: Path = option(REQUIRED, "PATH", "The Hugging Face folder of the model that it was measured on.")
+    out: Path = option(REQUIRED, "PATH", "The folder to write.")
+    to: str = choice("mergekit", "The tool", ("mergekit",))
+    uncovered: str = choice("refuse", "Tensors of the model that the Fisher lacks", UNCOVERED)
+    other_weights: str = choice("refuse", "A Fisher measured at other weights than the model's", WORDS["other_weights"])
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
 

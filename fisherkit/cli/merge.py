@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import typer
@@ -22,6 +21,7 @@ import typer
 from fisherkit import io, merging
 from fisherkit.cli.command import REPLACED, expect, given, refuse_existing, say
 from fisherkit.cli.options import (
+    REQUIRED,
     AsJson,
     Device,
     Kind,
@@ -100,70 +100,55 @@ class Merge:
         fisherkit merge --model A --fisher a --model B --fisher b --check a.jsonl --check b.jsonl --out merged
     """
 
-    model: Annotated[list[Path], option("PATH", "A Hugging Face folder, or a safetensors file; twice or more.")]
-    out: Annotated[Path, option("PATH", "The folder (or, for files, the file) to write.")]
-    fisher: Annotated[list[Path] | None, option("FILE", "A Fisher file for each model, in their order.", "none")] = None
-    data: Annotated[
-        list[Path] | None, option("FILE", "For layers: each model's texts with labels, in the models' order.", "none")
-    ] = None
+    model: list[Path] = option(REQUIRED, "PATH", "A Hugging Face folder, or a safetensors file; twice or more.")
+    out: Path = option(REQUIRED, "PATH", "The folder (or, for files, the file) to write.")
+    fisher: list[Path] | None = option(None, "FILE", "A Fisher file for each model, in their order.")
+    data: list[Path] | None = option(None, "FILE", "For layers: each model's texts with labels, in the models' order.")
     kind: Kind = "ief"
     structure: Structure = "kfac"
-    examples: Annotated[int | None, option("N", "Draw this many of each model's texts.", "all", min=1)] = None
-    check: Annotated[
-        list[Path] | None,
-        option("FILE", "Texts with labels, best of all held-out ones: how far to go from the average.", "none"),
-    ] = None
-    method: Annotated[
-        str, choice("By Fishers, whose blocks are solved by one of the first three, or another way", tuple(METHODS))
-    ] = "auto"
-    weights: Annotated[
-        str | None, option("LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=numbers_or("examples"))
-    ] = None
-    damping: Annotated[
-        float | None,
-        option(
-            "λ",
-            "A multiple of the mean eigenvalue; see --absolute-damping.",
-            "0.03; layers: 0.01; regmean: 1e-06",
-            min=0,
-        ),
-    ] = None
-    absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
-    output_damping: Annotated[float, option("ρ", "How much of each Fisher's average over outputs is added.", min=0)] = (
-        DEFAULT_OUTPUT_DAMPING
+    examples: int | None = option(None, "N", "Draw this many of each model's texts.", "all", min=1)
+    check: list[Path] | None = option(
+        None, "FILE", "Texts with labels, best of all held-out ones: how far to go from the average."
     )
-    normalize: Annotated[
-        str, choice("Fishers to one size before merging", ("block", "output", "trace", "norm", "none"))
-    ] = "block"
-    center: Annotated[str, option("PATH", 'Where damping pulls to: "average" or a model.')] = "average"
-    base: Annotated[Path | None, option("PATH", "For task-arithmetic: the model that all began from.", "none")] = None
-    scale: Annotated[float | None, option("S", "For task-arithmetic: factor of the sum of changes.", "none")] = None
-    shrink: Annotated[float, option("α", "For regmean: share of the off-diagonal that is kept.", min=0, max=1)] = 0.9
-    uncovered: Annotated[
-        str | None,
-        choice("Parameters that differ and some Fisher lacks", WORDS["uncovered"], "refuse; regmean: average"),
-    ] = None
-    buffers: Annotated[str, choice("Float buffers that differ", WORDS["buffers"])] = MergePolicy.buffers
-    integers: Annotated[str, choice("Other tensors that differ", WORDS["integers"])] = MergePolicy.integers
-    mismatched: Annotated[str, choice("Names or shapes that differ", WORDS["mismatched"])] = MergePolicy.mismatched
-    other_weights: Annotated[
-        str, choice("Fishers measured at other weights than their models'", WORDS["other_weights"])
-    ] = MergePolicy.other_weights
-    config_from_first: Annotated[
-        bool, typer.Option("--config-from-first", help="Where configs or vocabularies differ, take the first.")
-    ] = False
-    dtype: Annotated[
-        str | None, option("NAME", "Of the result, such as bfloat16.", "the models'", parser=dtype_check)
-    ] = None
+    method: str = choice(
+        "auto", "By Fishers, whose blocks are solved by one of the first three, or another way", tuple(METHODS)
+    )
+    weights: str | None = option(
+        None, "LIST", 'Of the models, such as 1,2; or "examples".', "equal", parser=numbers_or("examples")
+    )
+    damping: float | None = option(
+        None, "λ", "A multiple of the mean eigenvalue; see --absolute-damping.",
+        "0.03; layers: 0.01; regmean: 1e-06", min=0,
+    )  # fmt: skip
+    absolute_damping: bool = option(False, "", "--damping is λ itself.", name="--absolute-damping")
+    output_damping: float = option(
+        DEFAULT_OUTPUT_DAMPING, "ρ", "How much of each Fisher's average over outputs is added.", min=0
+    )
+    normalize: str = choice("block", "Fishers to one size before merging", ("block", "output", "trace", "norm", "none"))
+    center: str = option("average", "PATH", 'Where damping pulls to: "average" or a model.')
+    base: Path | None = option(None, "PATH", "For task-arithmetic: the model that all began from.")
+    scale: float | None = option(None, "S", "For task-arithmetic: factor of the sum of changes.")
+    shrink: float = option(0.9, "α", "For regmean: share of the off-diagonal that is kept.", min=0, max=1)
+    uncovered: str | None = choice(
+        None, "Parameters that differ and some Fisher lacks", WORDS["uncovered"], "refuse; regmean: average"
+    )
+    buffers: str = choice(MergePolicy.buffers, "Float buffers that differ", WORDS["buffers"])
+    integers: str = choice(MergePolicy.integers, "Other tensors that differ", WORDS["integers"])
+    mismatched: str = choice(MergePolicy.mismatched, "Names or shapes that differ", WORDS["mismatched"])
+    other_weights: str = choice(
+        MergePolicy.other_weights, "Fishers measured at other weights than their models'", WORDS["other_weights"]
+    )
+    config_from_first: bool = option(
+        False, "", "Where configs or vocabularies differ, take the first.", name="--config-from-first"
+    )
+    dtype: str | None = option(None, "NAME", "Of the result, such as bfloat16.", "the models'", parser=dtype_check)
     device: Device = "cpu"
-    tolerance: Annotated[float, option("ε", "Largest relative residual of a block's solution.")] = MergePolicy.tolerance
-    max_steps: Annotated[int, option("N", "Most steps of conjugate gradients in each block.", min=1)] = (
-        MergePolicy.max_steps
-    )
+    tolerance: float = option(MergePolicy.tolerance, "ε", "Largest relative residual of a block's solution.")
+    max_steps: int = option(MergePolicy.max_steps, "N", "Most steps of conjugate gradients in each block.", min=1)
     max_shard_size: MaxShardSize = None
     overwrite: Overwrite = False
     as_json: AsJson = False
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print how every block was solved.")] = False
+    verbose: bool = option(False, "", "Print how every block was solved.", name="--verbose")
 
     def run(self) -> None:
         """Check, merge, copy what lies beside the weights, and put the folder in its place."""
@@ -304,11 +289,7 @@ class Merge:
         missing += [str(path) for path in fishers if not path.exists() and not index_of(path).exists()]
         if missing:
             _refuse(f"paths that do not exist: {missing}", "models and Fisher files", try_="check the paths")
-        if not out.absolute().parent.is_dir():
-            _refuse(
-                f"--out in a folder that does not exist: {out.parent}", "an existing folder",
-                try_=f"mkdir -p {shlex.quote(str(out.parent))}",
-            )  # fmt: skip
+        io.require_folder(out.parent, f"{CALL} --out")
         if folders and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
             _refuse(
                 f"models that are folders and --out {out}, a file", "the name of a folder",
@@ -405,8 +386,8 @@ def _compare(paths: Sequence[Path], what: str, read: Callable[[Path], dict[str, 
         if differing:
             some = {name: (first.get(name), other.get(name)) for name in differing[:4]}
             raise InvalidArgumentError(
-                call=CALL, got=f"{paths[0].parent} and {path.parent}, which differ in {what}: {some}",
-                expected="models whose outputs and inputs mean the same",
+                CALL, f"{paths[0].parent} and {path.parent}, which differ in {what}: {some}",
+                "models whose outputs and inputs mean the same",
                 try_="--config-from-first, if the first one's is right for the merged model",
             )  # fmt: skip
 
@@ -429,7 +410,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileFormatError(call=CALL, got=f"{path}, which is not JSON ({error})", expected="a model's") from error
+        raise FileFormatError(CALL, f"{path}, which is not JSON ({error})", "a model's") from error
     return found if isinstance(found, dict) else {}
 
 
@@ -458,4 +439,4 @@ def _refuse_other_files(folder: Path, first: Path) -> None:
 
 
 def _refuse(got: str, expected: str, why: str = "", try_: str = "") -> NoReturn:
-    raise InvalidArgumentError(call=CALL, got=got, expected=expected, why=why, try_=try_)
+    raise InvalidArgumentError(CALL, got, expected, why=why, try_=try_)

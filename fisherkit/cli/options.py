@@ -7,34 +7,49 @@ name. So nothing is loaded before all options are right. Owns no option's meanin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import torch
 import typer
 
 from fisherkit.arguments import check_device
-from fisherkit.cli.command import in_flags
+from fisherkit.cli.command import TYPER, in_flags
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.structures import structures
 from fisherkit.vectors import rule_of, spellings
 
+T = TypeVar("T")
+
 Check: TypeAlias = Callable[[str], str]
 
+REQUIRED: Any = MISSING
+"""As the default of an option that must be given."""
 
-def option(metavar: str, text: str, shown: str | None = None, **others: Any) -> Any:
-    """An option for typer; ``shown`` says the default of one that is None if it is not given."""
-    return typer.Option(metavar=metavar, help=text, show_default=shown or True, **others)
+
+def option(default: T, metavar: str, text: str, shown: str = "none", *, name: str = "", **others: Any) -> T:
+    """A command's option as a field of its record, named as the field is or ``name``; ``others`` are typer's.
+
+    ``shown`` says the default of one that is None if it is not given. One without a value is False and has a name.
+    """
+    told = _told(metavar, text, shown if default is None else True, name, **others)
+    return field(default=default, metadata={TYPER: told})
 
 
 def argument(metavar: str, text: str) -> Any:
-    """An argument for typer."""
-    return typer.Argument(metavar=metavar, help=text)
+    """What stands in a place and has no name."""
+    return field(metadata={TYPER: typer.Argument(metavar=metavar, help=text)})
 
 
-def choice(text: str, words: Sequence[str], shown: str | None = None) -> Any:
+def choice(default: T, text: str, words: Sequence[str], shown: str = "none") -> T:
     """An option that is one of some words."""
-    return option("NAME", f"{text}: {', '.join(words)}.", shown, parser=one_of(*words))
+    return option(default, "NAME", f"{text}: {', '.join(words)}.", shown, parser=one_of(*words))
+
+
+def _told(metavar: str, text: str, shown: bool | str = True, name: str = "", **others: Any) -> Any:
+    """What typer is told of an option."""
+    return typer.Option(*filter(None, [name]), metavar=metavar or None, help=text, show_default=shown, **others)
 
 
 def one_of(*allowed: str, also: str = "") -> Check:
@@ -127,12 +142,14 @@ structure_check = one_of(*structures())
 
 LIKELIHOOD = "categorical, gaussian, bernoulli, poisson, or package.module:function that returns a loss module."
 
-Kind: TypeAlias = Annotated[str, option("KIND", f"Which Fisher: {KIND}", parser=kind_check)]
-Structure: TypeAlias = Annotated[str, option("NAME", f"What is kept of it: {STRUCTURE}", parser=structure_check)]
-Device: TypeAlias = Annotated[str, option("NAME", "Where it is computed: cpu, cuda, cuda:1, ...", parser=device_check)]
-Example: TypeAlias = Annotated[str, choice("What is one example", ("sequence", "token"))]
+Kind: TypeAlias = Annotated[str, _told("KIND", f"Which Fisher: {KIND}", parser=kind_check)]
+Structure: TypeAlias = Annotated[str, _told("NAME", f"What is kept of it: {STRUCTURE}", parser=structure_check)]
+Device: TypeAlias = Annotated[str, _told("NAME", "Where it is computed: cpu, cuda, cuda:1, ...", parser=device_check)]
+Example: TypeAlias = Annotated[
+    str, _told("NAME", "What is one example: sequence, token.", parser=one_of("sequence", "token"))
+]
 MaxShardSize: TypeAlias = Annotated[
-    int | None, option("BYTES", "Write several files of at most this size.", "one file of any size", min=1)
+    int | None, _told("BYTES", "Write several files of at most this size.", "one file of any size", min=1)
 ]
 Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -58,24 +57,21 @@ class Quality:
         fisherkit quality mymodule:make --dampings 1e-7,1e-3 --drop-duplicates 0.99 --batches 10
     """
 
-    spec: Annotated[str, argument("SPEC", '"package.module:function" that returns (model, data).')]
-    kinds: Annotated[str, option("LIST", f"sgd, {KIND}", parser=each(partial(kind_check, also=("sgd",))))] = (
-        "sgd,ef,ief,sf,truncated:1,truncated:2,exact"
+    spec: str = argument("SPEC", '"package.module:function" that returns (model, data).')
+    kinds: str = option(
+        "sgd,ef,ief,sf,truncated:1,truncated:2,exact", "LIST", f"sgd, {KIND}",
+        parser=each(partial(kind_check, also=("sgd",))),
+    )  # fmt: skip
+    structures: str = option("full", "LIST", f"Of {STRUCTURE}", parser=each(structure_check))
+    dampings: str = option(
+        "1e-7,1e-5,1e-3,1e-1", "LIST", "λ > 0, each compared, on the scale of sums over examples.", parser=numbers_or()
     )
-    structures: Annotated[str, option("LIST", f"Of {STRUCTURE}", parser=each(structure_check))] = "full"
-    dampings: Annotated[
-        str, option("LIST", "λ > 0, each compared, on the scale of sums over examples.", parser=numbers_or())
-    ] = "1e-7,1e-5,1e-3,1e-1"
-    likelihood: Annotated[str, option("NAME", LIKELIHOOD, parser=likelihood_check)] = "categorical"
+    likelihood: str = option("categorical", "NAME", LIKELIHOOD, parser=likelihood_check)
     example: Example = "sequence"
-    batches: Annotated[int, option("N", "Batches that are averaged over.", min=1)] = 1
-    drop_duplicates: Annotated[
-        float | None, option("COSINE", "Leave near-duplicates out of the updates.", "all are kept")
-    ] = None
-    seed: Annotated[int, option("N", "Seed of sampled labels.", min=0)] = 0
-    out: Annotated[Path | None, option("FOLDER", "Write quality.csv, quality.json and quality.png there.", "none")] = (
-        None
-    )
+    batches: int = option(1, "N", "Batches that are averaged over.", min=1)
+    drop_duplicates: float | None = option(None, "COSINE", "Leave near-duplicates out of the updates.", "all are kept")
+    seed: int = option(0, "N", "Seed of sampled labels.", min=0)
+    out: Path | None = option(None, "FOLDER", "Write quality.csv, quality.json and quality.png there.")
     overwrite: Overwrite = False
 
     def run(self) -> None:
@@ -86,7 +82,7 @@ class Quality:
         model, data = load_pair(self.spec, CALL)
         batches = [batch.raw for batch in itertools.islice(Source(data, model).once(), self.batches)]
         if not batches:
-            raise DataError(call="data", got="no batch", expected="at least one example")
+            raise DataError("data", "no batch", "at least one example")
         likelihood = load_likelihood(self.likelihood, CALL)
         tables = [
             compare(

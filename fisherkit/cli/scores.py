@@ -9,9 +9,10 @@ import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import typer
@@ -72,59 +73,39 @@ class Scores(ModelOptions):
         fisherkit scores mymodule:make --kind exact --structure full --top 10 --self 20 --out scores
     """
 
-    model: Annotated[
-        str,
-        argument(
-            "MODEL",
-            'A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
-            "train, queries, show).",
-        ),
-    ]
-    train: Annotated[
-        Path | None, option("FILE", "A folder's training texts and labels: .jsonl, .csv or .tsv.", "none")
-    ] = None
-    queries: Annotated[
-        Path | None, option("FILE", "Texts and labels of the predictions to explain, likewise.", "none")
-    ] = None
-    fisher: Annotated[Path | None, option("FILE", "A Fisher file of this model.", "one is built")] = None
+    model: str = argument(
+        "MODEL",
+        'A Hugging Face folder, or "package.module:function" that returns (model, train, queries) or (model, '
+        "train, queries, show).",
+    )
+    train: Path | None = option(None, "FILE", "A folder's training texts and labels: .jsonl, .csv or .tsv.")
+    queries: Path | None = option(None, "FILE", "Texts and labels of the predictions to explain, likewise.")
+    fisher: Path | None = option(None, "FILE", "A Fisher file of this model.", "one is built")
     kind: Kind = "truncated:2"
     structure: Structure = "ekfac"
-    save_fisher: Annotated[Path | None, option("FILE", "Write the Fisher that is built.", "none")] = None
-    damping: Annotated[
-        float | None,
-        option(
-            "λ", "A multiple of the mean eigenvalue, or λ itself with --absolute-damping.",
-            "full, block: 1; kfac, ekfac: 0.1; diagonal: 0.01", min=0,
-        ),
-    ] = None  # fmt: skip
-    absolute_damping: Annotated[bool, typer.Option("--absolute-damping", help="--damping is λ itself.")] = False
-    measurement: Annotated[str, choice("What of a query", ("loss", "margin"))] = "loss"
-    normalize: Annotated[str | None, choice("Against outliers with large gradients", ("relatif",), "none")] = None
-    top: Annotated[int, option("K", "Most helpful, and most harmful, for each query.", min=1)] = 5
-    worst: Annotated[int | None, option("N", "Only the N queries with the largest loss.", "all", min=1)] = None
-    rows: Annotated[
-        Path | None,
-        option(
-            "FOLDER",
-            "Keep training rows there: an interrupted run goes on from them, and other queries take them as they are.",
-            "made anew",
-        ),
-    ] = None  # fmt: skip
-    compress: Annotated[
-        str | None,
-        option(
-            "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share of its effective "
-            "dimension, as 0.9, or so many on either side, as 64.", "whole rows", parser=compress_check,
-        ),
-    ] = None  # fmt: skip
-    most_error: Annotated[
-        float | None,
-        option("E", "Refuse --compress if it changes a query's scores by more, in the median.", "any", min=0),
-    ] = None
-    own: Annotated[int, typer.Option("--self", metavar="N", min=0, help="List the N largest self-influences too.")] = 0
-    out: Annotated[
-        Path | None, option("FOLDER", "Write scores.html, a page to show, and scores.json there.", "none")
-    ] = None
+    save_fisher: Path | None = option(None, "FILE", "Write the Fisher that is built.")
+    damping: float | None = option(
+        None, "λ", "A multiple of the mean eigenvalue, or λ itself with --absolute-damping.",
+        "full, block: 1; kfac, ekfac: 0.1; diagonal: 0.01", min=0,
+    )  # fmt: skip
+    absolute_damping: bool = option(False, "", "--damping is λ itself.", name="--absolute-damping")
+    measurement: str = choice("loss", "What of a query", ("loss", "margin"))
+    normalize: str | None = choice(None, "Against outliers with large gradients", ("relatif",))
+    top: int = option(5, "K", "Most helpful, and most harmful, for each query.", min=1)
+    worst: int | None = option(None, "N", "Only the N queries with the largest loss.", "all", min=1)
+    rows: Path | None = option(
+        None, "FOLDER", "Keep training rows there: an interrupted run goes on from them, and other queries take them "
+        "as they are.", "made anew",
+    )  # fmt: skip
+    compress: str | None = option(
+        None, "C", "Keep of training rows what they have in each layer's leading eigenvectors: a share of its "
+        "effective dimension, as 0.9, or so many on either side, as 64.", "whole rows", parser=compress_check,
+    )  # fmt: skip
+    most_error: float | None = option(
+        None, "E", "Refuse --compress if it changes a query's scores by more, in the median.", "any", min=0
+    )
+    own: int = option(0, "N", "List the N largest self-influences too.", name="--self", min=0)
+    out: Path | None = option(None, "FOLDER", "Write scores.html, a page to show, and scores.json there.")
     overwrite: Overwrite = False
     as_json: AsJson = False
 
@@ -153,21 +134,18 @@ class Scores(ModelOptions):
         beside = [flag for name, flag in built.items() if name in given()]
         if self.fisher is not None and beside:
             raise InvalidArgumentError(
-                call=CALL, got=f"{', '.join(beside)} beside --fisher", expected="--fisher alone",
-                why="they are of a Fisher that is built",
-            )  # fmt: skip
-        if self.absolute_damping and self.damping is None:
-            raise InvalidArgumentError(
-                call=CALL, got="--absolute-damping without --damping", expected="λ itself", try_="--damping 1e-3"
+                CALL, f"{', '.join(beside)} beside --fisher", "--fisher alone", why="they are of a Fisher that is built"
             )
+        if self.absolute_damping and self.damping is None:
+            raise InvalidArgumentError(CALL, "--absolute-damping without --damping", "λ itself", try_="--damping 1e-3")
         if self.most_error is not None and self.compress is None:
             raise InvalidArgumentError(
-                call=CALL, got="--most-error without --compress", expected="both", why="whole rows have no such error"
+                CALL, "--most-error without --compress", "both", why="whole rows have no such error"
             )
         if self.save_fisher is not None:
             check_fisher_file(self.save_fisher, f"{CALL} --save-fisher", overwrite=self.overwrite)
         if self.rows is not None:
-            io.require_folder(self.rows.absolute().parent, f"{CALL} --rows")
+            io.require_folder(self.rows.parent, f"{CALL} --rows")
 
     def _subject(self) -> Subject:
         """The model with its data."""
@@ -185,7 +163,7 @@ class Scores(ModelOptions):
 
         return Subject(train.model, train, queries, folder.likelihood, names, show, places)
 
-    def _fisher(self, subject: Subject) -> tuple[FisherOperator, float | None]:
+    def _fisher(self, subject: Subject, share: Share) -> tuple[FisherOperator, float | None]:
         """The Fisher, and the seconds it took."""
         if self.fisher is not None:
             return load(self.fisher, device=next(subject.model.parameters()).device), None
@@ -193,19 +171,20 @@ class Scores(ModelOptions):
         # Whose rows each process would have a part of, each has whole.
         whole = structure_named(self.structure, CALL).keeps_rows
         fisher = FisherApproximation(
-            subject.model, subject.train if whole else subject.share().data,
+            subject.model, subject.train if whole else share.data,
             rule_of(self.kind, call=CALL).with_seed(self.seed), progress=True, structure=self.structure,
             group=False if whole else None,
             likelihood=load_likelihood(self.likelihood or subject.likelihood, CALL),
             params=self.selection(subject.model, CALL),
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        if self.save_fisher is not None and subject.rank == 0:
+        if self.save_fisher is not None and (share.processes is None or share.processes.rank == 0):
             fisher.save(self.save_fisher)
         return fisher, seconds
 
     def _report(self, subject: Subject) -> Report:
-        fisher, fisher_seconds = self._fisher(subject)
+        share = subject.share()
+        fisher, fisher_seconds = self._fisher(subject, share)
         known = fisher.metadata.get("likelihood") if self.fisher is not None else None
         likelihood = load_likelihood(self.likelihood or known or subject.likelihood, CALL)
         start = time.perf_counter()
@@ -213,14 +192,14 @@ class Scores(ModelOptions):
         if self.damping is not None:
             damping = self.damping if self.absolute_damping else RelativeDamping(self.damping)
         influence = InfluenceScores(fisher, subject.model, likelihood=likelihood, progress=True, damping=damping)
-        train, count = (Source(data, subject.model).count() for data in (subject.train, subject.queries))
+        train, count = share.examples, Source(subject.queries, subject.model).count()
         order = list(range(count))
         if self.worst is not None:
             losses = [
                 loss for _, batch in subject.numbered("queries") for *_, loss in subject.outcomes(batch, likelihood)
             ]
             order = sorted(order, key=lambda i: -losses[i])[: self.worst]
-        queries, own, compression = self._scored(subject, likelihood, influence, sorted(order), min(self.top, train))
+        queries, own, compression = self._scored(subject, share, likelihood, influence, sorted(order))
         computed = SimpleNamespace(
             model=self.model,
             kind=self.kind if self.fisher is None else spelled(fisher.metadata),
@@ -247,22 +226,19 @@ class Scores(ModelOptions):
         return Report(computed, tuple(queries[i] for i in order), own, held)
 
     def _scored(
-        self, subject: Subject, likelihood: Likelihood, influence: InfluenceScores, kept: list[int], top: int
+        self, subject: Subject, share: Share, likelihood: Likelihood, influence: InfluenceScores, kept: list[int]
     ) -> tuple[dict[int, Query], tuple[Example, ...], Compression | None]:
         """The queries by their place in the data, the largest self-influences, and how rows were compressed."""
-        share = subject.share()
         asked = [some.raw for _, some in subject.chosen("queries", kept)]
-        found, squares, told = self._of_share(influence, share, asked, top)
-        if share.processes is not None:
-            everyones = share.processes.gathered((found, squares, share.start))
-            found = _joined([(one, start) for one, _, start in everyones if one is not None], top)
-            squares = torch.cat([one for _, one, _ in everyones])
+        extremes, itself, told = self._of_share(influence, share, asked)
+        mine = extremes, itself
+        everyones = [mine] if share.processes is None else share.processes.gathered(mine)
+        found = _joined([one for one, _ in everyones if one is not None], min(self.top, share.examples))
+        squares = torch.cat([one for _, one in everyones])
         helpful = [[p for p in pairs if p[0] > 0] for pairs in map(_pairs, found.helpful, found.helpful_index)]
         harmful = [[p for p in pairs if p[0] < 0] for pairs in map(_pairs, found.harmful, found.harmful_index)]
-        own: list[tuple[float, int]] = []
-        if self.own:
-            largest = squares.sort(descending=True, stable=True)
-            own = _pairs(largest.values[: self.own], largest.indices[: self.own])
+        largest = squares.sort(descending=True, stable=True)
+        own = _pairs(largest.values[: self.own], largest.indices[: self.own])
         train = subject.examples("train", {i for pairs in (*helpful, *harmful, own) for _, i in pairs}, likelihood)
         queries = subject.examples("queries", kept, likelihood)
 
@@ -273,10 +249,10 @@ class Scores(ModelOptions):
         return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own), told
 
     def _of_share(
-        self, influence: InfluenceScores, share: Share, queries: list[Any], top: int
-    ) -> tuple[Any, Tensor, Compression | None]:
+        self, influence: InfluenceScores, share: Share, queries: list[Any]
+    ) -> tuple[TopScores | None, Tensor, Compression | None]:
         """The extremes and the self-influences of this process's training examples; None for the former of none."""
-        if not share.examples:
+        if not share.places:
             return None, torch.empty(0, dtype=torch.float64), None
         train: Data | RowBlocks = share.data
         if self.rows is not None or self.compress is not None:
@@ -285,21 +261,18 @@ class Scores(ModelOptions):
                 compress = count_or_share(self.compress)
                 asked = {"compress": compress, "most_error": self.most_error, "queries": queries}
             train = influence.prepare(share.data, folder=self.rows, group=share.group, **asked)
-        found = influence.top(
-            queries, train, min(top, share.examples), measurement=self.measurement, normalize=self.normalize
-        )  # fmt: skip
+        top, start = min(self.top, len(share.places)), share.places.start
+        found = influence.top(queries, train, top, measurement=self.measurement, normalize=self.normalize)
+        found = replace(found, helpful_index=start + found.helpful_index, harmful_index=start + found.harmful_index)
         itself = influence.self_influence(train) if self.own else torch.empty(0)
         return found, itself, train.compression if isinstance(train, RowBlocks) else None
 
 
-def _joined(found: list[tuple[TopScores, int]], top: int) -> TopScores:
-    """The extremes of all processes' examples, of which come with them where they begin; of equal ones the earlier."""
+def _joined(found: list[TopScores], top: int) -> TopScores:
+    """The extremes of parts that follow each other; of equal ones the earlier."""
 
     def side(name: str, largest: bool) -> tuple[Tensor, Tensor]:
-        values = torch.cat([getattr(one, name) for one, _ in found], 1)
-        index = torch.cat([start + getattr(one, f"{name}_index") for one, start in found], 1)
-        order = index.argsort(1)
-        values, index = values.gather(1, order), index.gather(1, order)
+        values, index = (torch.cat([getattr(one, key) for one in found], 1) for key in (name, f"{name}_index"))
         first = values.sort(dim=1, descending=largest, stable=True).indices[:, :top]
         return values.gather(1, first), index.gather(1, first)
 
@@ -314,13 +287,13 @@ def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
 
 
 class Share(NamedTuple):
-    """The training batches of one process: how many examples, after how many others, and whom it shares with.
+    """The training batches of one process, the places of their examples among so many, and whom it shares with.
 
     ``group`` has the processes that have examples.
     """
 
     data: Data
-    start: int
+    places: range
     examples: int
     processes: Processes | None
     group: Group
@@ -338,24 +311,19 @@ class Subject:
     show: Callable[[str, int], Any] | None
     places: Mapping[str, list[str]]
 
-    @property
-    def rank(self) -> int:
-        """Of this process."""
-        processes = Processes.of(None, next(self.model.parameters()).device, CALL)
-        return 0 if processes is None else processes.rank
-
     def share(self) -> Share:
         """The training batches of this process, which are neighbours."""
         processes = Processes.of(None, next(self.model.parameters()).device, CALL)
-        sizes = [batch.size for _, batch in self.numbered("train")]
+        ends = [0, *accumulate(batch.size for _, batch in self.numbered("train"))]
+        batches, examples = len(ends) - 1, ends[-1]
         if processes is None:
-            return Share(self.train, 0, sum(sizes), None, None)
-        bounds = [-(-len(sizes) * rank // processes.size) for rank in range(processes.size + 1)]
+            return Share(self.train, range(examples), examples, None, None)
+        bounds = [-(-batches * rank // processes.size) for rank in range(processes.size + 1)]
         some = [rank for rank in range(processes.size) if bounds[rank] < bounds[rank + 1]]
         group = None if len(some) == processes.size else torch.distributed.new_group(some)
         first, last = bounds[processes.rank], bounds[processes.rank + 1]
-        batches = BatchShare(Source(self.train, self.model).batches, first, last)
-        return Share(batches, sum(sizes[:first]), sum(sizes[first:last]), processes, group)
+        own = BatchShare(Source(self.train, self.model).batches, first, last)
+        return Share(own, range(ends[first], ends[last]), examples, processes, group)
 
     def numbered(self, split: str) -> Iterator[tuple[int, Batch]]:
         """Batches with the place of their first example."""
@@ -389,7 +357,7 @@ class Subject:
         batch = batch.aligned(self.model, raw, shift=is_causal(self.model), ignore_index=likelihood.ignore_index)
         z, target, mask = likelihood.prepare(raw, batch.targets, CALL)
         if target is None:
-            raise DataError(call=CALL, got="data without targets", expected="targets", why="scores are those of a loss")
+            raise DataError(CALL, "data without targets", "targets", why="scores are those of a loss")
         losses = (likelihood.loss(z, target) * mask).sum(1).tolist()
         none: list[Any] = [None] * len(z)
         if isinstance(likelihood, Bernoulli):
@@ -431,9 +399,8 @@ class Subject:
         is_array = any(hasattr(picture, name) for name in arrays)
         if not (picture is None or is_array) or not (text is None or isinstance(text, str)):
             raise InvalidTypeError(
-                call=call, got=f"a {type(made).__name__}",
-                expected="a text, a picture as an array, a pair (picture, text), or None",
-            )  # fmt: skip
+                call, f"a {type(made).__name__}", "a text, a picture as an array, a pair (picture, text), or None"
+            )
         # Half a surrogate pair can be written to no file.
         told = None if text is None else text.encode("utf-8", "replace").decode()
         return told, None if picture is None else data_uri(picture, call)
@@ -446,8 +413,8 @@ def _of_function(spec: str, device: str) -> Subject:
     if not fits or (len(made) == 4 and not (made[3] is None or callable(made[3]))):
         size = f" of {len(made)}" if isinstance(made, (tuple, list)) else ""
         raise InvalidTypeError(
-            call=CALL, got=f"a {type(made).__name__}{size} from {spec}()",
-            expected="(model, train, queries) or (model, train, queries, show)",
+            CALL, f"a {type(made).__name__}{size} from {spec}()",
+            "(model, train, queries) or (model, train, queries, show)",
             try_='show = lambda split, index: ..., a text or a picture for split "train" or "queries"',
         )  # fmt: skip
     model, train, queries, show = (*made, None)[:4]

@@ -227,8 +227,8 @@ def data_uri(image: Any, call: str) -> str:
         values = values.movedim(0, -1)
     if values.ndim != 3 or values.shape[-1] not in COLOR_TYPES or 0 in values.shape or values.is_complex():
         raise InvalidArgumentError(
-            call=call, got=f"a picture of shape {list(found.shape)} and {found.dtype}",
-            expected="real numbers [H, W], [C, H, W] or [H, W, C] with C = 1, 3 or 4",
+            call, f"a picture of shape {list(found.shape)} and {found.dtype}",
+            "real numbers [H, W], [C, H, W] or [H, W, C] with C = 1, 3 or 4",
         )  # fmt: skip
     return "data:image/png;base64," + base64.b64encode(_png(_bytes(values))).decode()
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,26 +57,23 @@ LIKELIHOODS = {
 class ModelOptions:
     """What commands have in common that run a model on data."""
 
-    text_column: Annotated[str, option("NAME", "Column of the text.")] = "text"
-    pair_column: Annotated[str | None, option("NAME", "Column of a second text.", "none")] = None
-    label_column: Annotated[str, option("NAME", "Column of the label; causal models need none.")] = "label"
-    examples: Annotated[int | None, option("N", "Draw this many of the (training) texts.", "all", min=1)] = None
-    batch_size: Annotated[int, option("N", "Texts in a batch; no effect on the result.", min=1)] = 32
-    max_length: Annotated[
-        int | None, option("N", "Tokens that a text is cut to.", "the most that the model allows", min=1)
-    ] = None
-    params: Annotated[
-        list[str] | None,
-        option("PATTERN", 'Parameters by name, such as "classifier.*"; may be repeated.', "all that require grad"),
-    ] = None
-    likelihood: Annotated[
-        str | None, option("NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check)
-    ] = None
+    text_column: str = option("text", "NAME", "Column of the text.")
+    pair_column: str | None = option(None, "NAME", "Column of a second text.")
+    label_column: str = option("label", "NAME", "Column of the label; causal models need none.")
+    examples: int | None = option(None, "N", "Draw this many of the (training) texts.", "all", min=1)
+    batch_size: int = option(32, "N", "Texts in a batch; no effect on the result.", min=1)
+    max_length: int | None = option(None, "N", "Tokens that a text is cut to.", "the most that the model allows", min=1)
+    params: list[str] | None = option(
+        None, "PATTERN", 'Parameters by name, such as "classifier.*"; may be repeated.', "all that require grad"
+    )
+    likelihood: str | None = option(
+        None, "NAME", LIKELIHOOD, "a folder's own loss; else categorical", parser=likelihood_check
+    )
     device: Device = "cpu"
-    dtype: Annotated[
-        str | None, option("NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check)
-    ] = None
-    seed: Annotated[int, option("N", "Seed of drawn texts and sampled labels.", min=0)] = 0
+    dtype: str | None = option(
+        None, "NAME", "Of a folder's weights: float32, float64, ...", "the file's", parser=dtype_check
+    )
+    seed: int = option(0, "N", "Seed of drawn texts and sampled labels.", min=0)
 
     def texts(self, spec: str, files: Mapping[str, Path | None], call: str) -> list[TextBatches] | None:
         """The batches of each file of texts, if the model is a folder; None if it is a user's function.
@@ -90,21 +87,20 @@ class ModelOptions:
         if not Path(spec).is_dir():
             if ":" not in spec:
                 raise InvalidArgumentError(
-                    call=call, got=repr(spec), expected='a Hugging Face folder, or "package.module:function"',
+                    call, repr(spec), 'a Hugging Face folder, or "package.module:function"',
                     why="there is no such folder",
                 )  # fmt: skip
             if given or (beside := [flag for name, flag in OF_FOLDERS.items() if name in typed()]):
                 raise InvalidArgumentError(
-                    call=call, got=f"{' and '.join(given or beside)} with a function", expected="one of them",
+                    call, f"{' and '.join(given or beside)} with a function", "one of them",
                     why="the function returns its own data, and its model as it is",
                 )  # fmt: skip
             return None
         require("hf", "transformers")
         if missing := [f"{flag} FILE" for flag in files if flag not in given]:
             raise InvalidArgumentError(
-                call=call, got=f"{spec} without texts", expected=" and ".join(missing),
-                try_="a .jsonl with text and label",
-            )  # fmt: skip
+                call, f"{spec} without texts", " and ".join(missing), try_="a .jsonl with text and label"
+            )
         folder = Folder.open(Path(spec), call)
         columns = [self.text_column, self.pair_column, None if folder.causal else self.label_column]
         texts = {flag: read_texts(file, columns, f"{call} {flag}") for flag, file in given.items()}
@@ -124,9 +120,8 @@ class ModelOptions:
         for pattern in self.params or ():
             if not fnmatch.filter(names, pattern):
                 raise InvalidArgumentError(
-                    call=call, got=f"--params {pattern!r}, which matches no parameter",
-                    expected=f"a pattern of names such as {names[-1]!r}",
-                    try_="quotes, so that the shell leaves * alone",
+                    call, f"--params {pattern!r}, which matches no parameter",
+                    f"a pattern of names such as {names[-1]!r}", try_="quotes, so that the shell leaves * alone",
                 )  # fmt: skip
         return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in self.params)] if self.params else None
 
@@ -143,7 +138,7 @@ def load_likelihood(text: str, call: str) -> Likelihood:
         if own:
             raise
         raise InvalidArgumentError(
-            call=f"{call} --likelihood", got=repr(text), expected=error.expected,
+            f"{call} --likelihood", repr(text), error.expected,
             why="a name says nothing of weights and other settings" if "(" in text else "",
             try_='"package.module:function", a function that returns a loss module such as nn.CrossEntropyLoss(...)',
         ) from error  # fmt: skip
@@ -153,20 +148,18 @@ def call_factory(spec: str, call: str) -> Any:
     """What the user's function "package.module:function" returns; the current folder's modules are found too."""
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
-        raise InvalidArgumentError(
-            call=call, got=repr(spec), expected='"package.module:function"', try_="mymodule:make"
-        )
+        raise InvalidArgumentError(call, repr(spec), '"package.module:function"', try_="mymodule:make")
     function = getattr(_module(module, call), name, None)
     if not callable(function):
         raise InvalidArgumentError(
-            call=call, got=repr(spec), expected=f"a function {name!r} in the module {module!r}",
+            call, repr(spec), f"a function {name!r} in the module {module!r}",
             why=f"the module has {'no such name' if function is None else f'a {type(function).__name__} there'}",
         )  # fmt: skip
     try:
         inspect.signature(function).bind()
     except TypeError as error:
         raise InvalidArgumentError(
-            call=call, got=f"{spec!r}, a function that needs arguments ({error})", expected="one that needs none",
+            call, f"{spec!r}, a function that needs arguments ({error})", "one that needs none",
             try_="a default for each of them",
         ) from error  # fmt: skip
     except ValueError:  # no signature to be read: let it be called
@@ -186,7 +179,7 @@ def _module(name: str, call: str) -> Any:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise InvalidArgumentError(
-            call=call, got=repr(name), expected="a module that can be imported",
+            call, repr(name), "a module that can be imported",
             why=f"there is no {error.name!r} in the current folder or among the installed packages",
             try_="run the command in the folder that holds it",
         ) from error  # fmt: skip
@@ -209,16 +202,14 @@ def read_texts(path: Path, columns: Sequence[str | None], call: str) -> list[Tex
     """The lines of a .jsonl, .csv or .tsv file, with the columns of the text, of a second text and of the label."""
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise InvalidArgumentError(call=call, got=f"no file at {path}", expected="a .jsonl, .csv or .tsv file")
+        raise InvalidArgumentError(call, f"no file at {path}", "a .jsonl, .csv or .tsv file")
     if suffix not in {".jsonl", ".json", *SEPARATORS}:
-        raise InvalidArgumentError(
-            call=call, got=f"{path}", expected="a .jsonl, .csv or .tsv file", try_="another file, or rename it"
-        )
+        raise InvalidArgumentError(call, f"{path}", "a .jsonl, .csv or .tsv file", try_="another file, or rename it")
     try:
         path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise DataError(
-            call=call, got=f"{path}, which is not UTF-8 ({error.reason} at byte {error.start:,})", expected="UTF-8",
+            call, f"{path}, which is not UTF-8 ({error.reason} at byte {error.start:,})", "UTF-8",
             try_=f"iconv -f ENCODING -t utf-8 {path} > other{suffix}, with the encoding that it has",
         ) from error  # fmt: skip
     wanted, texts = [name for name in columns if name is not None], []
@@ -227,21 +218,21 @@ def read_texts(path: Path, columns: Sequence[str | None], call: str) -> list[Tex
         absent = [repr(name) for name in wanted if record.get(name) is None]
         if absent:
             raise DataError(
-                call=call, got=f"{place}, where {' and '.join(absent)} is null or not there",
-                expected="a value in every line", why="a line without it is no example",
+                call, f"{place}, where {' and '.join(absent)} is null or not there", "a value in every line",
+                why="a line without it is no example",
                 try_="leave the line out; --text-column, --pair-column, --label-column for other columns",
             )  # fmt: skip
         text, pair, label = (None if name is None else record[name] for name in columns)
         if not isinstance(text, str) or not isinstance(pair, (str, type(None))):
-            raise DataError(call=call, got=f"a text that is no string in {place}", expected="strings")
+            raise DataError(call, f"a text that is no string in {place}", "strings")
         if re.search(r"[\ud800-\udfff]", f"{text}{pair}"):
             raise DataError(
-                call=call, got=f"half of a surrogate pair in {place}", expected="Unicode characters",
+                call, f"half of a surrogate pair in {place}", "Unicode characters",
                 why="no tokenizer takes what stands for no character", try_="leave it out",
             )  # fmt: skip
         texts.append(Text(text, pair, label, place))
     if not texts:
-        raise DataError(call=call, got=f"{path}, which has no line", expected="a text a line")
+        raise DataError(call, f"{path}, which has no line", "a text a line")
     return texts
 
 
@@ -254,10 +245,10 @@ def _objects(path: Path, call: str) -> Iterator[tuple[int, dict[str, Any]]]:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:
             got = f"line {number} of {path.name}, which is not JSON ({error})"
-            raise DataError(call=call, got=got, expected="an object a line") from error
+            raise DataError(call, got, "an object a line") from error
         if not isinstance(found, dict):
             got = f"a {type(found).__name__} in line {number} of {path.name}"
-            raise DataError(call=call, got=got, expected="an object a line")
+            raise DataError(call, got, "an object a line")
         yield number, found
 
 
@@ -269,31 +260,31 @@ def _table(path: Path, wanted: list[str], call: str) -> Iterator[tuple[int, dict
         try:
             names = list(reader.fieldnames or [])
             if not names:
-                raise DataError(call=call, got=f"{path}, which is empty", expected="a header and a text a line")
+                raise DataError(call, f"{path}, which is empty", "a header and a text a line")
             if absent := [name for name in wanted if name not in names]:
                 shown = listed((repr(name if len(name) <= 40 else f"{name[:39]}…") for name in names), 4)
                 raise DataError(
-                    call=call, got=f"{path}, whose first line is {shown}",
-                    expected=f"a header with the columns {wanted}, of which {absent} are missing",
+                    call, f"{path}, whose first line is {shown}",
+                    f"a header with the columns {wanted}, of which {absent} are missing",
                     why="the first line of a table names its columns; without a header it would be lost as a text",
                     try_=f"a first line with {separator.join(wanted)!r} if there is no header; else --text-column, "
                     "--pair-column, --label-column",
                 )  # fmt: skip
             if twice := [name for name in wanted if names.count(name) > 1]:
-                raise DataError(call=call, got=f"{path} with two columns {twice[0]!r}", expected="one of each name")
+                raise DataError(call, f"{path} with two columns {twice[0]!r}", "one of each name")
             for record in reader:
                 if beyond := record.pop(None, None):  # where csv's reader puts them
                     place = f"line {reader.line_num} of {path.name}"
                     raise DataError(
-                        call=call, got=f"{place} with {len(beyond)} more cells than the header", expected="as many",
+                        call, f"{place} with {len(beyond)} more cells than the header", "as many",
                         why="the separator parts cells unless the cell is in quotes",
                         try_='"…" around texts that have one',
                     )  # fmt: skip
                 yield reader.line_num, record
         except csv.Error as error:
             raise DataError(
-                call=call, got=f"line {reader.reader.line_num} of {path.name}, which cannot be read ({error})",
-                expected="cells in quotes where they hold a separator, a quote or a line break",
+                call, f"line {reader.reader.line_num} of {path.name}, which cannot be read ({error})",
+                "cells in quotes where they hold a separator, a quote or a line break",
                 why="a quote that is not closed takes the lines below it into its cell",
                 try_='""" for a quote that begins a cell; .jsonl, whose texts may be as long as you like',
             ) from error  # fmt: skip
@@ -319,14 +310,14 @@ class Folder:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         if (path / "adapter_config.json").exists():
             raise InvalidArgumentError(
-                call=call, got=f"{path}, an adapter without its model", expected="the folder of a whole model",
+                call, f"{path}, an adapter without its model", "the folder of a whole model",
                 try_="peft: AutoPeftModelForSequenceClassification.from_pretrained(folder).merge_and_unload()"
                 ".save_pretrained(other), or a module:function that returns the model with its adapter",
             )  # fmt: skip
         # Where there is no tokenizer, transformers would make one that knows no word.
         if not any((path / name).exists() for name in TOKENIZER_FILES):
             raise InvalidArgumentError(
-                call=call, got=f"{path}, which has no tokenizer", expected=f"one of {', '.join(TOKENIZER_FILES)}",
+                call, f"{path}, which has no tokenizer", f"one of {', '.join(TOKENIZER_FILES)}",
                 try_="tokenizer.save_pretrained(folder), or a module:function",
             )  # fmt: skip
         try:
@@ -334,14 +325,14 @@ class Folder:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InvalidArgumentError(
-                call=call, got=f"{path}, from which transformers cannot load config and tokenizer",
-                expected="a folder that model.save_pretrained and tokenizer.save_pretrained wrote", why=str(error),
+                call, f"{path}, from which transformers cannot load config and tokenizer",
+                "a folder that model.save_pretrained and tokenizer.save_pretrained wrote", why=str(error),
                 try_="tokenizer.save_pretrained(folder), or a module:function",
             ) from error  # fmt: skip
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise InvalidArgumentError(
-                    call=call, got=f"{path}, whose tokenizer has no padding token", expected="one",
+                    call, f"{path}, whose tokenizer has no padding token", "one",
                     try_="tokenizer.pad_token = ...; tokenizer.save_pretrained(folder)",
                 )  # fmt: skip
             tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
@@ -350,8 +341,7 @@ class Folder:
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
         if not causal and not any(name.endswith("ForSequenceClassification") for name in names):
             raise InvalidArgumentError(
-                call=call, got=f"{path}, a model of {names or 'no architecture'}",
-                expected="…ForSequenceClassification or …ForCausalLM",
+                call, f"{path}, a model of {names or 'no architecture'}", "…ForSequenceClassification or …ForCausalLM",
                 try_="a module:function that returns (model, data)",
             )  # fmt: skip
         return cls(path, config, tokenizer, causal)
@@ -411,9 +401,8 @@ class TextBatches:
         lengths = encoded["attention_mask"].sum(1)
         if not lengths.all():
             raise DataError(
-                call=self.call, got=f"a text without a token in {texts[int(lengths.argmin())].place}",
-                expected="at least one", why="what a model says of padding alone depends on the batch",
-                try_="leave the line out",
+                self.call, f"a text without a token in {texts[int(lengths.argmin())].place}", "at least one",
+                why="what a model says of padding alone depends on the batch", try_="leave the line out",
             )  # fmt: skip
         self.cut += int((lengths >= self.max_length).sum())
         labels = (
@@ -442,6 +431,6 @@ class TextBatches:
             return torch.tensor(range(count).index(label))
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DataError(
-                call=self.call, got=f"label {f'{text.label!r}':.80} in {text.place}", expected=expected,
+                self.call, f"label {f'{text.label!r}':.80} in {text.place}", expected,
                 try_="--label-column for another column",
             ) from error  # fmt: skip

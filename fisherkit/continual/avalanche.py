@@ -40,7 +40,7 @@ class EWCPlugin(SupervisedPlugin):  # type: ignore[misc]  # Any where Avalanche 
         super().__init__()
         if not callable(fisher):
             raise InvalidTypeError(
-                call="EWCPlugin", got=f"a {type(fisher).__name__} as fisher", expected="a function of the strategy",
+                "EWCPlugin", f"a {type(fisher).__name__} as fisher", "a function of the strategy",
                 why="each experience needs a Fisher of its own",
             )  # fmt: skip
         self.ewc, self._fisher, self._consolidate = check_ewc(ewc, "EWCPlugin"), fisher, consolidate

@@ -85,7 +85,7 @@ def convert_strength(
     strength = check_number(CALL, "strength", strength)
     if source not in CONVENTIONS:
         raise InvalidArgumentError(
-            call=CALL, got=f"source={source!r}", expected=f"one of {list(CONVENTIONS)}",
+            CALL, f"source={source!r}", f"one of {list(CONVENTIONS)}",
             try_="half=, average= and squared= of your library",
         )  # fmt: skip
     given: dict[str, Any] = {"half": half, "average": average, "squared": squared}
@@ -111,7 +111,7 @@ def _needed(name: str, value: int | None) -> int:
     """A count that the other library's Fisher depends on."""
     if value is None:
         raise InvalidArgumentError(
-            call=CALL, got=f"{name}=None", expected="an integer, 1 or more", why="the size of its Fisher depends on it",
+            CALL, f"{name}=None", "an integer, 1 or more", why="the size of its Fisher depends on it",
             try_=f"{name}= as you have it there",
         )  # fmt: skip
     check_count(CALL, name, value)
@@ -124,21 +124,21 @@ def _normalization(normalize: str | None, fisher: FisherOperator | None, kinds: 
         return 1.0
     if fisher is None:
         raise InvalidArgumentError(
-            call=CALL, got=f"normalize={normalize!r} without fisher=", expected="the task's Fisher",
+            CALL, f"normalize={normalize!r} without fisher=", "the task's Fisher",
             why="other libraries do not normalise, so the strength depends on the Fisher's size",
             try_="fisher=, or normalize=None for EWC(normalize=None)",
         )  # fmt: skip
     factor = normalization_factor(fisher, normalize, CALL)
     if fisher.metadata.get("normalization") == "sum":
-        raise InvalidArgumentError(call=CALL, got='a Fisher with normalization="sum"', expected='normalization="mean"')
+        raise InvalidArgumentError(CALL, 'a Fisher with normalization="sum"', 'normalization="mean"')
     if "terms" in fisher.metadata:
         raise InvalidArgumentError(
-            call=CALL, got=f"a sum or multiple, {fisher.metadata['terms']}", expected="a Fisher as it was built",
+            CALL, f"a sum or multiple, {fisher.metadata['terms']}", "a Fisher as it was built",
             why="its trace gives the strength, and a factor would be taken for the task's",
         )  # fmt: skip
     if (kind := fisher.metadata.get("kind", "ef")) not in kinds:
         raise InvalidArgumentError(
-            call=CALL, got=f"a Fisher of kind {kind!r}", expected=f"one of kind {' or '.join(map(repr, kinds))}",
+            CALL, f"a Fisher of kind {kind!r}", f"one of kind {' or '.join(map(repr, kinds))}",
             why="its trace gives the strength, and kinds differ in it by orders of magnitude",
             try_='fk.EmpiricalFisher(model, data, structure="diagonal"); EWC may then consolidate any kind',
         )  # fmt: skip

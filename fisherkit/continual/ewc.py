@@ -105,15 +105,15 @@ class EWC(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise InvalidTypeError(call="EWC", got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+            raise InvalidTypeError("EWC", f"a {type(model).__name__} as model", "a torch.nn.Module")
         if isinstance(model, AveragedModel):
             raise InvalidTypeError(
-                call="EWC", got="an AveragedModel", expected="the model that is trained",
+                "EWC", "an AveragedModel", "the model that is trained",
                 why="averages are a copy that no optimizer changes, so its penalty would hold nothing",
                 try_="EWC(model), after the averages were copied into it if they are what is to be kept",
             )  # fmt: skip
         if next(model.parameters(), None) is None:
-            raise InvalidArgumentError(call="EWC", got="a model without parameters", expected="one with some to hold")
+            raise InvalidArgumentError("EWC", "a model without parameters", "one with some to hold")
         check_normalize(normalize, "EWC")
         check_choice("EWC", "grown", grown, ("refuse", "leading"))
         self.model = unwrapped(model)
@@ -237,8 +237,8 @@ class EWC(nn.Module):
         """
         if found := products(self.model, {name for term in self._terms for name in term.shapes}):
             raise NoClosedFormError(
-                call="EWC.largest_stable_lr", got=f"the products of adapters {listed(map(repr, found))}",
-                expected="parameters that are trained themselves", why="in the factors the penalty is no quadratic",
+                "EWC.largest_stable_lr", f"the products of adapters {listed(map(repr, found))}",
+                "parameters that are trained themselves", why="in the factors the penalty is no quadratic",
                 try_="Adam, whose steps do not depend on the penalty's size",
             )  # fmt: skip
         largest: dict[str, float] = defaultdict(float)
@@ -255,8 +255,8 @@ class EWC(nn.Module):
         apart = {*products(self.model, held), *products(self.model, names)}
         if both := sorted(apart - set(products(self.model, {*held, *names}))):
             raise InvalidArgumentError(
-                call=CALL, got=f"Fishers over {listed(map(repr, both))} and over the adapters on them",
-                expected="Fishers over the products or over the adapters", why="both would hold one change",
+                CALL, f"Fishers over {listed(map(repr, both))} and over the adapters on them",
+                "Fishers over the products or over the adapters", why="both would hold one change",
                 try_="params=fk.adapters.merged_weights(model) for all, or for none",
             )  # fmt: skip
 
@@ -297,8 +297,8 @@ class EWC(nn.Module):
         if strict and not (isinstance(state_dict, Mapping) and "_extra_state" in state_dict):
             names = f" with {list(state_dict)[:4]}" if isinstance(state_dict, Mapping) else ""
             raise InvalidArgumentError(
-                call="EWC.load_state_dict", got=f"a {type(state_dict).__name__}{names}",
-                expected="one of EWC.state_dict()", why="the model's parameters are no part of it, only the terms are",
+                "EWC.load_state_dict", f"a {type(state_dict).__name__}{names}", "one of EWC.state_dict()",
+                why="the model's parameters are no part of it, only the terms are",
                 try_="saving ewc.state_dict() beside model.state_dict(), each loaded into its own",
             )  # fmt: skip
         return super().load_state_dict(state_dict, strict, assign)
@@ -319,15 +319,13 @@ class EWC(nn.Module):
             terms = tuple(Term.from_plain(term, device) for term in state["terms"]) if version == 1 else ()
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InvalidArgumentError(
-                call=call, got=f"a state that cannot be read ({error})", expected="one of EWC.state_dict()"
+                call, f"a state that cannot be read ({error})", "one of EWC.state_dict()"
             ) from error
         if version != 1:
-            raise InvalidArgumentError(
-                call=call, got=f"version {version}", expected="version 1", try_="a newer fisherkit"
-            )
+            raise InvalidArgumentError(call, f"version {version}", "version 1", try_="a newer fisherkit")
         if how != self.normalize:
             raise InvalidArgumentError(
-                call=call, got=f"terms of normalize={how!r}", expected=f"normalize={self.normalize!r}, this EWC's",
+                call, f"terms of normalize={how!r}", f"normalize={self.normalize!r}, this EWC's",
                 why="one strength would mean two things", try_=f"EWC(model, normalize={how!r})",
             )  # fmt: skip
         _check_held(terms, dict(self.model.named_parameters()), self.grown, call)
@@ -352,7 +350,7 @@ class EWC(nn.Module):
             probe = fn(torch.empty(0, dtype=operator.dtype, device=operator.device))
             if probe.dtype != operator.dtype:
                 raise InvalidTypeError(
-                    call="EWC.to", got=f"{probe.dtype}", expected=f"{operator.dtype}, that of the Fishers",
+                    "EWC.to", f"{probe.dtype}", f"{operator.dtype}, that of the Fishers",
                     why="rounding them to another dtype would be another penalty", try_="ewc.to(device)",
                 )  # fmt: skip
             terms.append(replace(term, quadratic=term.quadratic.map(partial(Tensor.to, device=probe.device))))
@@ -375,7 +373,7 @@ def _add(terms: list[Term], new: Quadratic) -> None:
 def check_ewc(ewc: object, call: str) -> EWC:
     """What an adapter was given, once it is known to be an EWC."""
     if not isinstance(ewc, EWC):
-        raise InvalidTypeError(call=call, got=f"a {type(ewc).__name__} as ewc", expected="a fisherkit.continual.EWC")
+        raise InvalidTypeError(call, f"a {type(ewc).__name__} as ewc", "a fisherkit.continual.EWC")
     return ewc
 
 
@@ -383,7 +381,7 @@ def _check_fisher(fisher: object, model: nn.Module, uncovered: str, free: Select
     """Refuse a Fisher that is not of the model as it is now, or that leaves out what nobody named as free."""
     if not isinstance(fisher, FisherOperator):
         raise InvalidTypeError(
-            call=CALL, got=f"a {type(fisher).__name__}", expected="a FisherOperator",
+            CALL, f"a {type(fisher).__name__}", "a FisherOperator",
             try_='fk.ImprovedEmpiricalFisher(model, data, structure="kfac"), or fk.load(path)',
         )  # fmt: skip
     _check_form(fisher, dict(model.named_parameters()))
@@ -392,8 +390,8 @@ def _check_fisher(fisher: object, model: nn.Module, uncovered: str, free: Select
     comparable = all(str(parameter.dtype) == f"torch.{dtype}" for parameter in model.parameters())
     if comparable and measured_at(model, fisher.metadata) is False:
         raise ModelError(
-            call=CALL, got="a Fisher that was measured at other parameters or buffers than the model has now",
-            expected="the same values", why=SAME_MOMENT,
+            CALL, "a Fisher that was measured at other parameters or buffers than the model has now", "the same values",
+            why=SAME_MOMENT,
             try_="consolidating before training goes on, loading those weights, or building the Fisher again",
         )  # fmt: skip
     _check_uncovered(fisher, model, uncovered, free)
@@ -404,8 +402,8 @@ def _check_form(fisher: FisherOperator, parameters: Mapping[str, nn.Parameter]) 
     space = fisher.space
     if unknown := [name for name in space.names if name not in parameters]:
         raise UnknownParameterError(
-            call=CALL, got=f"a Fisher over {listed(map(repr, unknown))}, which the model does not have",
-            expected=f"some of {listed(map(repr, parameters))}",
+            CALL, f"a Fisher over {listed(map(repr, unknown))}, which the model does not have",
+            f"some of {listed(map(repr, parameters))}",
             why="it may be of another model, or of a wrapped or compiled one",
             try_="EWC of the very module that the Fisher was built from",
         )  # fmt: skip
@@ -415,20 +413,20 @@ def _check_form(fisher: FisherOperator, parameters: Mapping[str, nn.Parameter]) 
     ]  # fmt: skip
     if changed:
         raise InvalidArgumentError(
-            call=CALL, got="; ".join(changed), expected="a Fisher of the model as it is", why=SAME_MOMENT,
+            CALL, "; ".join(changed), "a Fisher of the model as it is", why=SAME_MOMENT,
             try_="consolidating before a layer grows, or building the Fisher again",
         )  # fmt: skip
     for name in space.names:
         parameter = parameters[name]
         if parameter.device != fisher.device:
             raise InvalidArgumentError(
-                call=CALL, got=f"a Fisher on {fisher.device} and {name!r} on {parameter.device}",
-                expected="one device", try_=f'fk.load(path, device="{parameter.device}")',
+                CALL, f"a Fisher on {fisher.device} and {name!r} on {parameter.device}", "one device",
+                try_=f'fk.load(path, device="{parameter.device}")',
             )  # fmt: skip
         if torch.promote_types(parameter.dtype, fisher.dtype) != fisher.dtype:
             raise InvalidTypeError(
-                call=CALL, got=f"a Fisher of {fisher.dtype} and {name!r} of {parameter.dtype}",
-                expected=f"one of {parameter.dtype}", why="θ − θ* is formed in the Fisher's dtype",
+                CALL, f"a Fisher of {fisher.dtype} and {name!r} of {parameter.dtype}", f"one of {parameter.dtype}",
+                why="θ − θ* is formed in the Fisher's dtype",
             )  # fmt: skip
 
 
@@ -438,8 +436,7 @@ def _check_uncovered(fisher: FisherOperator, model: nn.Module, uncovered: str, f
     space, allowed = fisher.space, _chosen(model, free)
     if held := [name for name in space.names if name in allowed]:
         raise InvalidArgumentError(
-            call=CALL, got=f"free=[{listed(map(repr, held))}], which the Fisher covers",
-            expected="names that it does not cover",
+            CALL, f"free=[{listed(map(repr, held))}], which the Fisher covers", "names that it does not cover",
             try_='a predicate with "and name not in fisher.space.names", or uncovered="free" in place of free=; to let '
             "these change leave them out of the Fisher with params=",
         )  # fmt: skip
@@ -450,22 +447,21 @@ def _check_uncovered(fisher: FisherOperator, model: nn.Module, uncovered: str, f
     trained = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if loose := [name for name in trained if name not in covered]:
         raise InvalidArgumentError(
-            call=CALL, got=f"a Fisher that leaves out {listed(map(repr, loose))}, which the model trains",
-            expected="all trainable parameters", why="nothing would keep them near their values",
+            CALL, f"a Fisher that leaves out {listed(map(repr, loose))}, which the model trains",
+            "all trainable parameters", why="nothing would keep them near their values",
             try_='free=[names] or free=lambda name, parameter: ... for other tasks\' heads, uncovered="free" for all',
         )  # fmt: skip
     diagonal = fisher.diagonal()
     if not all_finite(diagonal):
         raise NonFiniteError(
-            call=CALL, got="a Fisher with NaN or infinite entries on its diagonal", expected="finite numbers",
+            CALL, "a Fisher with NaN or infinite entries on its diagonal", "finite numbers",
             why="the penalty would be NaN", try_="building the Fisher again, on data that are finite",
         )  # fmt: skip
     some = torch.stack([diagonal[place].any() for place in space.slices.values()]).tolist()
     unused = [name for name, used in zip(space.names, some, strict=True) if not used]
     if 0 < len(unused) < len(some):  # a Fisher that is 0 altogether is a matter of normalization
         raise InvalidArgumentError(
-            call=CALL, got=f"a Fisher that is 0 on {listed(map(repr, unused))}",
-            expected="one that says something of each",
+            CALL, f"a Fisher that is 0 on {listed(map(repr, unused))}", "one that says something of each",
             why="the data never reach them: nothing would keep them near their values, and they would count in D",
             try_='params= without them and free=[names], or uncovered="free"',
         )  # fmt: skip
@@ -477,22 +473,22 @@ def _check_held(terms: Sequence[Term], parameters: Mapping[str, nn.Parameter], g
     for name, shape, device in held:
         if name not in parameters:
             raise ModelError(
-                call=call, got=f"a model without {name!r}, which was consolidated", expected="every consolidated name",
+                call, f"a model without {name!r}, which was consolidated", "every consolidated name",
                 try_="keeping the old module, or a new EWC",
             )  # fmt: skip
         now = tuple(parameters[name].shape)
         larger = len(now) == len(shape) and all(a >= b for a, b in zip(now, shape, strict=True))
         if now != shape and not (larger and grown == "leading"):
             raise ModelError(
-                call=call, got=f"{name!r} of shape {list(now)}, consolidated as {list(shape)}",
-                expected="the same shape" if grown == "refuse" else "that shape, or a larger one, old entries first",
+                call, f"{name!r} of shape {list(now)}, consolidated as {list(shape)}",
+                "the same shape" if grown == "refuse" else "that shape, or a larger one, old entries first",
                 why="entries would be compared with others' values",
                 try_='grown="leading" if it has grown and its old entries come first' if larger else "a new EWC",
             )  # fmt: skip
         if parameters[name].device != device:
             raise InvalidArgumentError(
-                call=call, got=f"{name!r} on {parameters[name].device} and its term on {device}",
-                expected="one device", try_=f'ewc.to("{parameters[name].device}")',
+                call, f"{name!r} on {parameters[name].device} and its term on {device}", "one device",
+                try_=f'ewc.to("{parameters[name].device}")',
             )  # fmt: skip
 
 
@@ -623,9 +619,7 @@ class _Times(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         raise NoClosedFormError(
-            call="EWC.penalty",
-            got="a second derivative",
-            expected="one backward pass, without differentiating its result",
+            "EWC.penalty", "a second derivative", "one backward pass, without differentiating its result",
             why="the gradient is computed in closed form and has no graph",
             try_="the Hessian in θ is strength · Σ F_t: use the Fishers' matvec",
-        )
+        )  # fmt: skip

@@ -44,8 +44,8 @@ class EWCTrainerMixin:
         trained: Any = getattr(self, "model")  # noqa: B009 - the Trainer's attribute
         if ewc.model is not unwrapped(trained):
             raise InvalidArgumentError(
-                call=CALL, got="an EWC of another model", expected="the model that is trained",
-                why="the penalty would stay constant", try_="Trainer(model, ..., ewc=EWC(model, ...))",
+                CALL, "an EWC of another model", "the model that is trained", why="the penalty would stay constant",
+                try_="Trainer(model, ..., ewc=EWC(model, ...))",
             )  # fmt: skip
         self.ewc = ewc.to(next(trained.parameters()).device)
         self._penalties: list[Tensor] = []

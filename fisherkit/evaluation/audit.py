@@ -16,12 +16,7 @@ from torch import Tensor
 
 from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import without_autocast
-from fisherkit.errors import (
-    FisherkitError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    MemoryBudgetError,
-)
+from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError, MemoryBudgetError
 from fisherkit.operators import DiagonalOperator, FisherOperator, split
 from fisherkit.operators.composite import join
 
@@ -121,13 +116,13 @@ def audit(
     """
     call = "audit"
     if not isinstance(exact, FisherOperator):
-        raise InvalidTypeError(call=call, got=f"a {type(exact).__name__} as exact", expected="a FisherOperator")
+        raise InvalidTypeError(call, f"a {type(exact).__name__} as exact", "a FisherOperator")
     check_count(call, "batch_size", batch_size, optional=True)
     operator = other if isinstance(other, FisherOperator) else _diagonal(other, exact, call)
     if operator.space != exact.space:
         raise InvalidArgumentError(
-            call=call, got=f"{operator.size:,} parameters {_names(operator)} beside {exact.size:,} {_names(exact)}",
-            expected="the same names, shapes and order", try_="build the exact one with params=other.space.names",
+            call, f"{operator.size:,} parameters {_names(operator)} beside {exact.size:,} {_names(exact)}",
+            "the same names, shapes and order", try_="build the exact one with params=other.space.names",
         )  # fmt: skip
     check_choice(call, "compare", compare, ("diagonal", "matrix", None))
     chosen = compare or ("diagonal" if operator.is_diagonal or exact.is_diagonal else "matrix")
@@ -136,7 +131,7 @@ def audit(
     for square, which in ((total[2], "an exact Fisher"), (total[1], "a Fisher")):
         if square == 0:
             raise InvalidArgumentError(
-                call=call, got=f"{which} that is zero", expected="one that is not",
+                call, f"{which} that is zero", "one that is not",
                 why="zero has no direction and is no multiple of anything",
                 try_="looking whether gradients were zeroed before they were squared, or the loss is exactly 0",
             )  # fmt: skip
@@ -176,8 +171,8 @@ def _of_matrices(other: FisherOperator, exact: FisherOperator, call: str) -> dic
         space = exact.space.restrict(names)
         if space.size > LARGEST_BLOCK:
             raise MemoryBudgetError(
-                call=call, got=f"a block of {space.size:,} parameters to be written out",
-                expected=f"at most {LARGEST_BLOCK:,}", try_='compare="diagonal"',
+                call, f"a block of {space.size:,} parameters to be written out", f"at most {LARGEST_BLOCK:,}",
+                try_='compare="diagonal"',
             )  # fmt: skip
         parts = ([part for part in split(f) if set(part.space.names) <= set(names)] for f in (other, exact))
         a, f = (join(space, own).to_dense() for own in parts)
@@ -188,9 +183,7 @@ def _of_matrices(other: FisherOperator, exact: FisherOperator, call: str) -> dic
 def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOperator:
     """A diagonal alone as an operator."""
     if not isinstance(diagonal, (Mapping, Tensor)):
-        raise InvalidTypeError(
-            call=call, got=f"a {type(diagonal).__name__}", expected="a FisherOperator, a diagonal [D] or a dict"
-        )
+        raise InvalidTypeError(call, f"a {type(diagonal).__name__}", "a FisherOperator, a diagonal [D] or a dict")
     try:
         flat = diagonal if isinstance(diagonal, Tensor) else exact.space.flatten(diagonal)
         return DiagonalOperator(exact.space, flat.detach())

@@ -127,10 +127,9 @@ def average(tables: Sequence[QualityTable]) -> dict[Key, tuple[float, float]]:
     keys = [[(row.kind, row.structure, row.damping) for row in table.rows] for table in tables]
     if not tables or any(other != keys[0] for other in keys):
         raise InvalidArgumentError(
-            call="average(tables)",
-            got="no table" if not tables else "tables of different kinds, structures or dampings",
-            expected="tables that compare() made with the same arguments on different batches",
-        )
+            "average(tables)", "no table" if not tables else "tables of different kinds, structures or dampings",
+            "tables that compare() made with the same arguments on different batches",
+        )  # fmt: skip
     found: dict[Key, tuple[float, float]] = {}
     for key, rows in zip(keys[0], zip(*(table.rows for table in tables), strict=True), strict=True):
         values = [row.relative_gamma for row in rows]
@@ -161,7 +160,7 @@ def plot_damping(tables: QualityTable | Sequence[QualityTable], path: str | Path
     found = average([tables] if isinstance(tables, QualityTable) else tables)
     values = {key: value for key, value in found.items() if key[2] is not None}
     if not values:
-        raise InvalidArgumentError(call="plot_damping", got='tables of "sgd" alone', expected="a kind with a damping")
+        raise InvalidArgumentError("plot_damping", 'tables of "sgd" alone', "a kind with a damping")
     kinds, structures, _ = ([*dict.fromkeys(part)] for part in zip(*values, strict=True))
     try:
         from matplotlib.figure import Figure
@@ -270,9 +269,9 @@ def compare(
     kinds, γ is measured by passes over the batch, a few for each update, and the exact Fisher's rows are not made.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        raise InvalidTypeError(CALL, f"a {type(model).__name__} as model", "a torch.nn.Module")
     if not is_integer(seed):
-        raise InvalidTypeError(call=CALL, got=f"seed of type {type(seed).__name__}", expected="an integer")
+        raise InvalidTypeError(CALL, f"seed of type {type(seed).__name__}", "an integer")
     _check_cosine(drop_duplicates)
     rules = {
         text: rule_of(text, call=CALL, also=(SGD,)).with_seed(seed) for text in _listed("kinds", kinds) if text != SGD
@@ -282,7 +281,7 @@ def compare(
         structure_named(structure, CALL)
     if isinstance(batch, list) and batch and not isinstance(batch[0], Tensor):
         raise InvalidTypeError(
-            call=CALL, got=f"a list of {len(batch)} batches", expected="one batch, (inputs, targets) or a mapping",
+            CALL, f"a list of {len(batch)} batches", "one batch, (inputs, targets) or a mapping",
             try_="[compare(model, batch) for batch in batches], and fk.evaluation.average",
         )  # fmt: skip
     start = time.perf_counter()
@@ -338,7 +337,7 @@ class _Comparison:
         rows = _rows(gradients)
         if rows is None:
             raise MemoryBudgetError(
-                call=CALL, got=f"{gradients.rows:,} rows that do not fit in memory", expected="rows that do",
+                CALL, f"{gradients.rows:,} rows that do not fit in memory", "rows that do",
                 try_="a smaller batch, or params= to choose fewer parameters",
             )  # fmt: skip
         self.gram = rows.gram()
@@ -405,8 +404,8 @@ class _Comparison:
         whole = rule.of_hessian or not self.dropped
         if not whole and self.options["example"] == "token":
             raise InvalidArgumentError(
-                call=CALL, got=f'drop_duplicates with example="token", kind {kind!r}, structure {structure!r}',
-                expected='kinds "ef" and "ief" in "full" and "block", or example="sequence"',
+                CALL, f'drop_duplicates with example="token", kind {kind!r}, structure {structure!r}',
+                'kinds "ef" and "ief" in "full" and "block", or example="sequence"',
                 why="single tokens cannot be taken out of the data that a Fisher is built from",
             )  # fmt: skip
         data = self.data if whole else self.kept_data
@@ -414,8 +413,8 @@ class _Comparison:
             return FisherApproximation(self.model, data, rule, structure=structure, normalization="sum", **self.options)
         except InvalidArgumentError as error:  # of this kind or structure: the gradients' Fisher has the same options
             raise InvalidArgumentError(
-                call=f"{CALL}, kind {kind!r}, structure {structure!r}", got=error.got, expected=error.expected,
-                why=error.why, try_="kinds= or structures= without it",
+                f"{CALL}, kind {kind!r}, structure {structure!r}", error.got, error.expected, why=error.why,
+                try_="kinds= or structures= without it",
             ) from error  # fmt: skip
 
 
@@ -479,14 +478,12 @@ def _distinct(gram: Float[Tensor, "N N"], cosine: float) -> Bool[Tensor, "N"]:
 def _listed(name: str, values: Sequence[Any]) -> Sequence[Any]:
     """The values, once they are known to be a list, not empty, of each once."""
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise InvalidTypeError(
-            call=CALL, got=f"{name} of type {type(values).__name__}", expected="a sequence", try_=f'{name}=("...",)'
-        )
+        raise InvalidTypeError(CALL, f"{name} of type {type(values).__name__}", "a sequence", try_=f'{name}=("...",)')
     if not values:
-        raise InvalidArgumentError(call=CALL, got=f"no {name}", expected="at least one")
+        raise InvalidArgumentError(CALL, f"no {name}", "at least one")
     repeated = [value for value in values if values.count(value) > 1]
     if repeated:
-        raise InvalidArgumentError(call=CALL, got=f"{name} with {repeated[0]!r} twice", expected="each once")
+        raise InvalidArgumentError(CALL, f"{name} with {repeated[0]!r} twice", "each once")
     return values
 
 
@@ -494,10 +491,10 @@ def _positive(values: Sequence[float]) -> tuple[float, ...]:
     """The dampings."""
     for value in _listed("gram_dampings", values):
         if not is_number(value):
-            raise InvalidTypeError(call=CALL, got=f"a damping of type {type(value).__name__}", expected="a number")
+            raise InvalidTypeError(CALL, f"a damping of type {type(value).__name__}", "a number")
         if not 0 < value < math.inf:
             raise InvalidArgumentError(
-                call=CALL, got=f"gram damping {value}", expected="a finite number above 0",
+                CALL, f"gram damping {value}", "a finite number above 0",
                 why="a Fisher with fewer rows than parameters is singular",
             )  # fmt: skip
     return tuple(float(value) for value in values)
@@ -505,11 +502,8 @@ def _positive(values: Sequence[float]) -> tuple[float, ...]:
 
 def _check_cosine(value: float | None) -> None:
     if value is not None and not is_number(value):
-        raise InvalidTypeError(
-            call=CALL, got=f"drop_duplicates of type {type(value).__name__}", expected="a number or None"
-        )
+        raise InvalidTypeError(CALL, f"drop_duplicates of type {type(value).__name__}", "a number or None")
     if value is not None and not 0 < value < 1:
         raise InvalidArgumentError(
-            call=CALL, got=f"drop_duplicates={value}", expected="a cosine between 0 and 1, or None",
-            try_="0.99 for near-duplicates alone",
-        )  # fmt: skip
+            CALL, f"drop_duplicates={value}", "a cosine between 0 and 1, or None", try_="0.99 for near-duplicates alone"
+        )

@@ -62,13 +62,13 @@ def approximation_quality(
     g = _gradient(gradient, exact_fisher, call)
     flat = _flat(update, exact_fisher, call)
     if not bool(flat.any(0).all()):
-        raise InvalidArgumentError(call=call, got="a zero update", expected="a direction", why="γ would be 0/0")
+        raise InvalidArgumentError(call, "a zero update", "a direction", why="γ would be 0/0")
     terms = flat.double() * (g.double() if flat.ndim == 1 else g.double().unsqueeze(1))
     inner = terms.sum(0).abs()
     # Below this a sum of D products is rounding alone, and so would γ be.
     if bool((inner <= torch.finfo(torch.float64).eps * terms.abs().sum(0)).any()):
         raise InvalidArgumentError(
-            call=call, got="an update orthogonal to the gradient", expected="Δᵀ∇L ≠ 0",
+            call, "an update orthogonal to the gradient", "Δᵀ∇L ≠ 0",
             why="to first order the update does not change the loss, so γ is infinite",
             try_="an update made from this gradient, such as fisher.solve(gradient, damping)",
         )  # fmt: skip
@@ -106,16 +106,13 @@ def _gradient(gradient: Direction, fisher: FisherOperator, call: str) -> Float[T
     """The gradient as one flat vector that is not zero."""
     if not isinstance(fisher, FisherOperator):
         raise InvalidTypeError(
-            call=call, got=f"a {type(fisher).__name__} as exact_fisher", expected="a FisherOperator",
-            try_="fk.ExactFisher(model, data)",
-        )  # fmt: skip
+            call, f"a {type(fisher).__name__} as exact_fisher", "a FisherOperator", try_="fk.ExactFisher(model, data)"
+        )
     flat = _flat(gradient, fisher, f"{call}, gradient")
     if flat.ndim != 1:
-        raise InvalidArgumentError(call=call, got=f"{flat.shape[1]} gradients", expected="one, flat [D] or a dict")
+        raise InvalidArgumentError(call, f"{flat.shape[1]} gradients", "one, flat [D] or a dict")
     if not bool(flat.any()):
-        raise InvalidArgumentError(
-            call=call, got="a zero gradient", expected="∇L ≠ 0", why="at a stationary point γ is infinite"
-        )
+        raise InvalidArgumentError(call, "a zero gradient", "∇L ≠ 0", why="at a stationary point γ is infinite")
     return flat
 
 
@@ -171,7 +168,7 @@ def loss_gradient(
     Cost: one forward and one backward pass over the data.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+        raise InvalidTypeError(CALL, f"a {type(model).__name__} as model", "a torch.nn.Module")
     check_choice(CALL, "example", example, ("sequence", "token"))
     check_choice(CALL, "normalization", normalization, ("mean", "sum"))
     model, params = within_wrappers(model, params)
@@ -192,14 +189,14 @@ def loss_gradient(
             parts = space.unflatten(gradient)
             bad = listed(repr(name) for name, part in parts.items() if not all_finite(part))
             raise NonFiniteError(
-                call=call, got=f"gradients with NaN or infinite entries of {bad}", expected="finite gradients",
+                call, f"gradients with NaN or infinite entries of {bad}", "finite gradients",
                 why="outputs that are finite may hide infinite activations",
                 try_="torch.isfinite of this batch's inputs",
             )  # fmt: skip
         total += gradient
         examples += int((mask if example == "token" else mask.any(1)).sum())
     if examples == 0:
-        raise DataError(call="data", got="no example with a label that counts", expected="at least one")
+        raise DataError("data", "no example with a label that counts", "at least one")
     return (total / examples if normalization == "mean" else total).to(dtype)
 
 
@@ -213,8 +210,7 @@ def _batch_gradient(
         raw = batch.call(model)
         if not raw.requires_grad:
             raise ModelError(
-                call=call, got="outputs that do not depend on the parameters",
-                expected="a forward pass that autograd can follow",
+                call, "outputs that do not depend on the parameters", "a forward pass that autograd can follow",
                 try_="a forward without torch.no_grad, detach or NumPy",
             )  # fmt: skip
         batch = batch.aligned(model, raw, shift=shift, ignore_index=likelihood.ignore_index)
@@ -224,9 +220,7 @@ def _batch_gradient(
         likelihood.check_reading(known, batch.targets, batch.batched, call)
         z, target, mask = likelihood.prepare(known, batch.targets, call)
         if target is None:
-            raise DataError(
-                call=call, got="no targets", expected="targets", why="the loss is that of the observed labels"
-            )
+            raise DataError(call, "no targets", "targets", why="the loss is that of the observed labels")
         v = torch.where(mask.unsqueeze(-1), likelihood.gradient(z, target), torch.zeros_like(z))
         found = pulled_back(raw, parameters, likelihood.as_outputs(v, raw.shape))
         unused = {names[i]: parameters[i] for i, g in enumerate(found) if g is None}

@@ -89,9 +89,7 @@ class LowRankQueries:
     def __init__(self, rank: int = 32, seed: int = 0) -> None:
         check_count("LowRankQueries", "rank", rank)
         if not is_integer(seed):
-            raise InvalidTypeError(
-                call="LowRankQueries", got=f"seed of type {type(seed).__name__}", expected="an integer"
-            )
+            raise InvalidTypeError("LowRankQueries", f"seed of type {type(seed).__name__}", "an integer")
         self.rank, self.seed = rank, seed
 
     def compress(self, solution: RowSolution, probe: Rows) -> CompressedQueries:

@@ -63,12 +63,11 @@ class MarginVectors(OutputRule):
             soft = bool(outputs.masked(outputs.target * (1 - outputs.target)).any())
         if outputs.target is None or not known or soft:
             raise DataError(
-                call='measurement="margin"',
-                got=f"a {outputs.likelihood.name} likelihood{' with class probabilities' if soft else ''}",
-                expected="a categorical or bernoulli one, with labels",
-                why="a margin is the log odds of the observed label",
+                'measurement="margin"',
+                f"a {outputs.likelihood.name} likelihood{' with class probabilities' if soft else ''}",
+                "a categorical or bernoulli one, with labels", why="a margin is the log odds of the observed label",
                 try_='measurement="loss", or a function of outputs and targets',
-            )
+            )  # fmt: skip
         if isinstance(outputs.likelihood, Bernoulli):
             return OutputVectors(outputs.masked(1 - 2 * outputs.target).unsqueeze(1))
         label = outputs.target.masked_fill(~outputs.mask, 0).unsqueeze(-1)
@@ -91,18 +90,16 @@ class FunctionVectors(OutputRule):
             z = outputs.z.detach().requires_grad_()
             values = self.function(_as_given(z, outputs), _target_as_given(outputs))
             if not isinstance(values, Tensor):
-                raise InvalidTypeError(call=call, got=f"a {type(values).__name__}", expected="a tensor")
+                raise InvalidTypeError(call, f"a {type(values).__name__}", "a tensor")
             if values.shape != z.shape[:1]:
                 expected = f"[{z.shape[0]}], one number for each example"
-                raise InvalidArgumentError(call=call, got=f"shape {list(values.shape)}", expected=expected)
+                raise InvalidArgumentError(call, f"shape {list(values.shape)}", expected)
             if not values.requires_grad:
-                raise InvalidArgumentError(
-                    call=call, got="numbers without a graph", expected="a differentiable function of the outputs"
-                )
+                raise InvalidArgumentError(call, "numbers without a graph", "a differentiable function of the outputs")
             (v,) = torch.autograd.grad(values.sum(), z)
         v = outputs.masked(v)
         if not all_finite(v):
-            raise NonFiniteError(call=call, got="gradients with NaN or infinite entries", expected="finite ones")
+            raise NonFiniteError(call, "gradients with NaN or infinite entries", "finite ones")
         return OutputVectors(v.unsqueeze(1))
 
 
@@ -142,21 +139,18 @@ def query_rule(measurement: Measurement, *, labelled: bool) -> OutputRule:
         names: dict[str, type[OutputRule]] = {"loss": EmpiricalVectors, "margin": MarginVectors}
         if measurement not in names:
             raise InvalidArgumentError(
-                call="measurement", got=repr(measurement), expected=f"one of {list(names)}, or a function",
+                "measurement", repr(measurement), f"one of {list(names)}, or a function",
                 try_="lambda outputs, targets: outputs[:, 0] for an output of its own",
             )  # fmt: skip
         if not labelled:
             raise DataError(
-                call="queries", got="no targets", expected="targets",
-                why=f"the {measurement} is that of an observed label",
+                "queries", "no targets", "targets", why=f"the {measurement} is that of an observed label",
                 try_="a function as measurement; for the predicted class of outputs [B, C] "
                 "measurement=lambda outputs, targets: -outputs.log_softmax(-1).amax(-1)",
             )  # fmt: skip
         return names[measurement]()
     if not callable(measurement):
-        raise InvalidTypeError(
-            call="measurement", got=f"a {type(measurement).__name__}", expected="a name or a function"
-        )
+        raise InvalidTypeError("measurement", f"a {type(measurement).__name__}", "a name or a function")
     return (FunctionVectors if labelled else UnlabelledFunctionVectors)(measurement)
 
 
@@ -174,11 +168,9 @@ class ModelRows:
         chunk_size: int | None, memory_budget: int | None, progress: bool, shift_labels: bool | None,
     ) -> None:  # fmt: skip
         if not isinstance(fisher, FisherOperator):
-            raise InvalidTypeError(
-                call=CALL, got=f"a {type(fisher).__name__} as fisher", expected="a Fisher", try_="fk.EmpiricalFisher"
-            )
+            raise InvalidTypeError(CALL, f"a {type(fisher).__name__} as fisher", "a Fisher", try_="fk.EmpiricalFisher")
         if not isinstance(model, nn.Module):
-            raise InvalidTypeError(call=CALL, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module")
+            raise InvalidTypeError(CALL, f"a {type(model).__name__} as model", "a torch.nn.Module")
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
             check_positive(CALL, name, value)
         model = with_full_weights(unwrapped(model))
@@ -205,7 +197,7 @@ class ModelRows:
         known = None if "terms" in self.metadata else self.metadata.get("examples")
         if known is None:
             raise InvalidArgumentError(
-                call=CALL, got="a Fisher that does not say on how many examples it was measured", expected="examples=N",
+                CALL, "a Fisher that does not say on how many examples it was measured", "examples=N",
                 why="sums, multiples and operators of one's own have no N", try_="examples=len(train)",
             )  # fmt: skip
         return int(known)
@@ -231,16 +223,15 @@ class ModelRows:
         self._recent = None
         if parameters_hash(self.model) != self._weights:
             raise ModelError(
-                call=CALL, got="a model whose weights have changed since the scores' construction",
-                expected="the same values", why="∇ℓ and F must be taken at one point",
-                try_="a Fisher and an InfluenceScores of the model as it is",
+                CALL, "a model whose weights have changed since the scores' construction", "the same values",
+                why="∇ℓ and F must be taken at one point", try_="a Fisher and an InfluenceScores of the model as it is",
             )  # fmt: skip
 
     def _source(self, data: Data) -> Source:
         """The data, once their order is known to be fixed."""
         if isinstance(data, (str, Path)):
             raise InvalidTypeError(
-                call=CALL, got=f"the path {str(data)!r} as data", expected="batches, or what prepare() made of them",
+                CALL, f"the path {str(data)!r} as data", "batches, or what prepare() made of them",
                 why="a folder of rows is read beside the data that it belongs to",
                 try_="rows = scores.prepare(train, folder=path), and scores.scores(queries, rows)",
             )  # fmt: skip
@@ -330,8 +321,8 @@ def _likelihood(likelihood: str | Likelihood | nn.Module | None, fisher: FisherO
         return likelihoods.resolve_recorded("" if known is None else known)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(
-            call=CALL, got="no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
-            expected="likelihood=, the loss module or object that the Fisher was built with",
+            CALL, "no likelihood" if known is None else f"a Fisher of a likelihood named {known!r}",
+            "likelihood=, the loss module or object that the Fisher was built with",
             why="the Fisher does not say which it is"
             if known is None
             else "files, sums and multiples of Fishers have a likelihood's name and not its settings",
@@ -344,30 +335,29 @@ def _check_space(fisher: FisherOperator, model: nn.Module, weights: str) -> None
     unknown = [name for name in fisher.space.names if name not in own]
     if unknown:
         raise UnknownParameterError(
-            call=CALL, got=f"a Fisher over {unknown[:4]}{' …' if len(unknown) > 4 else ''}",
-            expected=f"parameters of the model, such as {list(own)[:4]}",
-            try_="the model that the Fisher was built with",
+            CALL, f"a Fisher over {unknown[:4]}{' …' if len(unknown) > 4 else ''}",
+            f"parameters of the model, such as {list(own)[:4]}", try_="the model that the Fisher was built with",
         )  # fmt: skip
     space = ParameterSpace.of(model, fisher.space.names)
     if space != fisher.space:
         pairs = zip(fisher.space.names, fisher.space.shapes, strict=True)
         odd = [f"{name!r}: {list(shape)} and not {list(own[name])}" for name, shape in pairs if own[name] != shape]
         raise InvalidArgumentError(
-            call=CALL, got="a Fisher over " + ("; ".join(odd[:4]) or "the model's parameters in another order"),
-            expected="the model's own shapes and order", try_="the model that the Fisher was built with",
+            CALL, "a Fisher over " + ("; ".join(odd[:4]) or "the model's parameters in another order"),
+            "the model's own shapes and order", try_="the model that the Fisher was built with",
         )  # fmt: skip
     device, dtype = model_device(model, fisher.space.names)
     if at_least_single(dtype) != fisher.dtype:
         expected = f"{at_least_single(dtype)}, that of Fishers of this model"
-        raise InvalidTypeError(call=CALL, got=f"a Fisher of {fisher.dtype}", expected=expected)
+        raise InvalidTypeError(CALL, f"a Fisher of {fisher.dtype}", expected)
     if device != fisher.device:
         raise InvalidArgumentError(
-            call=CALL, got=f"a Fisher on {fisher.device}", expected=f"{device}, the model's",
+            CALL, f"a Fisher on {fisher.device}", f"{device}, the model's",
             try_=f'fk.load(path, device="{device}"), or model.to("{fisher.device}")',
         )  # fmt: skip
     if fisher.metadata.get("parameters_hash") != weights and measured_at(model, fisher.metadata) is False:
         raise ModelError(
-            call=CALL, got="a model whose parameters or buffers are not those that the Fisher was measured at",
-            expected="the same values", why="∇ℓ and F must be taken at one point",
+            CALL, "a model whose parameters or buffers are not those that the Fisher was measured at",
+            "the same values", why="∇ℓ and F must be taken at one point",
             try_="load the weights the Fisher was built with, or build it anew",
         )  # fmt: skip

@@ -20,7 +20,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 def as_path(path: str | Path, call: str) -> Path:
     """A path as a Path."""
     if not isinstance(path, (str, Path)):
-        raise InvalidTypeError(call=call, got=f"a {type(path).__name__}", expected="the path of a file")
+        raise InvalidTypeError(call, f"a {type(path).__name__}", "the path of a file")
     return Path(path)
 
 
@@ -29,14 +29,14 @@ def check_folder(path: str | Path, call: str) -> None:
     path = Path(path)
     require_folder(path.parent, call)
     if path.is_dir():
-        raise InvalidArgumentError(call=call, got="a folder", expected="a file's name", try_="a file in that folder")
+        raise InvalidArgumentError(call, "a folder", "a file's name", try_="a file in that folder")
 
 
 def require_folder(folder: Path, call: str) -> None:
     """Refuse a folder that is missing, with what makes it."""
     if not folder.is_dir():
         raise InvalidArgumentError(
-            call=call, got=f"a folder that does not exist: {folder}", expected="an existing folder",
+            call, f"a folder that does not exist: {folder}", "an existing folder",
             try_=f"Path({str(folder)!r}).mkdir(parents=True)",
         )  # fmt: skip
 

@@ -199,9 +199,8 @@ def write(
     check_folder(path, call)
     if path.name.endswith(INDEX_SUFFIX):
         raise InvalidArgumentError(
-            call=call, got="the name of an index", expected="the name of the file",
-            try_=repr(path.name.removesuffix(INDEX_SUFFIX)),
-        )  # fmt: skip
+            call, "the name of an index", "the name of the file", try_=repr(path.name.removesuffix(INDEX_SUFFIX))
+        )
     check_positive(call, "max_shard_size", max_shard_size)
     largest = max_shard_size if max_shard_size is not None and state.nbytes > max_shard_size else None
     node, tensors = pack(state, largest)
@@ -254,8 +253,8 @@ def refuse_others(path: Path, call: str, *, sharded: bool = False) -> None:
         in_the_way = there.exists() if sharded else header_at(there) is not None
         if in_the_way and not _is_fisher_file(there):
             raise InvalidArgumentError(
-                call=call, got=f"a path where {there.name} is something else than a Fisher file",
-                expected="a free path, or that of an older Fisher file",
+                call, f"a path where {there.name} is something else than a Fisher file",
+                "a free path, or that of an older Fisher file",
                 why="it would be lost, and models' weights and their index have such names", try_="another name",
             )  # fmt: skip
 
@@ -310,9 +309,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     path = as_path(path, call)
     found = path if path.is_file() else index_of(path)
     if not found.is_file():
-        raise MissingFileError(
-            call=call, got="no such file", expected="one written by fisher.save", try_="check the path"
-        )
+        raise MissingFileError(call, "no such file", "one written by fisher.save", try_="check the path")
     indexed = found.name.endswith(INDEX_SUFFIX)
     try:
         save = _stamp(found)
@@ -337,8 +334,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
         with found.open("rb") as file:
             if file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip archive or a pickle
                 raise FileFormatError(
-                    call=call, got=f"{found.name}, a file of torch.save or pickle",
-                    expected="one written by fisher.save",
+                    call, f"{found.name}, a file of torch.save or pickle", "one written by fisher.save",
                     try_="torch.load, for what torch.save wrote; fisher.save(path) keeps a Fisher",
                 ) from error  # fmt: skip
         # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
@@ -357,15 +353,15 @@ def _check_format(header: Mapping[str, str], indexed: bool, call: str) -> None:
     form = header.get("format")
     if form == SHARD_FORMAT and not indexed:
         raise FileFormatError(
-            call=call, got="one shard of a Fisher file", expected="its index, which knows the others",
+            call, "one shard of a Fisher file", "its index, which knows the others",
             try_=f"the file that ends with {INDEX_SUFFIX}, beside it",
         )  # fmt: skip
     if form != FORMAT:
         got = "an index of something else" if indexed else "a safetensors file of another kind"
-        raise FileFormatError(call=call, got=got, expected="one written by fisher.save", try_="check the path")
+        raise FileFormatError(call, got, "one written by fisher.save", try_="check the path")
     if not 1 <= (version := int(header["version"])) <= SHARDED_VERSION:
         got, expected = f"format version {version}", f"at most {SHARDED_VERSION}"
-        raise FileFormatError(call=call, got=got, expected=expected, try_="a newer fisherkit")
+        raise FileFormatError(call, got, expected, try_="a newer fisherkit")
 
 
 def _space(text: str) -> ParameterSpace:
@@ -441,7 +437,7 @@ class Reader:
         call, origin = self._header.call, self._header.path
         if not path.is_file():
             raise MissingFileError(
-                call=call, got=f"no file {path.name}", expected=f"every file that {origin.name} names",
+                call, f"no file {path.name}", f"every file that {origin.name} names",
                 why="it was not copied along, or the Fisher file was replaced after it was opened",
                 try_="copy all of them, or open it again",
             )  # fmt: skip
@@ -453,7 +449,7 @@ class Reader:
             raise self._wrong(path, error) from error
         if self._header.save != (_stamp(path) if path == origin else header.get("save")):
             raise FileFormatError(
-                call=call, got=f"{path.name} of another save", expected=f"the one {origin.name} names",
+                call, f"{path.name} of another save", f"the one {origin.name} names",
                 why="files of two saves are mixed, or the Fisher file was replaced after it was opened",
                 try_="copy all files of one save, or open it again",
             )  # fmt: skip

@@ -118,8 +118,8 @@ class ModelFiles:
         error: type[FileFormatError] = FileFormatError,
     ) -> FileFormatError:  # fmt: skip
         return error(
-            call=self._call, got=got, try_=try_,
-            expected="complete safetensors files: one, an index with its shards, or a folder with model.safetensors",
+            self._call, got,
+            "complete safetensors files: one, an index with its shards, or a folder with model.safetensors", try_=try_,
         )  # fmt: skip
 
 
@@ -178,12 +178,12 @@ def _check(out: Path, overwrite: bool, call: str) -> None:
     single, index = targets(out)
     folder = single.parent
     if folder.exists() and not folder.is_dir():
-        raise InvalidArgumentError(call=call, got=f"out={str(out)!r}, where {folder} is a file", expected="a folder")
+        raise InvalidArgumentError(call, f"out={str(out)!r}, where {folder} is a file", "a folder")
     if not folder.exists():
         require_folder(folder if single == out else folder.parent, call)
     there = [path.name for path in (single, index) if path.exists()]
     if there and not overwrite:
         raise InvalidArgumentError(
-            call=call, got=f"out={str(out)!r}, where there is a {' and a '.join(there)}",
-            expected="a place without a model", why="a model would be lost", try_="another out=, or overwrite=True",
+            call, f"out={str(out)!r}, where there is a {' and a '.join(there)}", "a place without a model",
+            why="a model would be lost", try_="another out=, or overwrite=True",
         )  # fmt: skip

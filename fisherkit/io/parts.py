@@ -88,14 +88,14 @@ class PartsFile:
             known = dict(found["settings"])
         except (OSError, LookupError, ValueError, TypeError) as error:
             raise FileFormatError(
-                call=self._call, got=f"{file.name}, which cannot be read ({error})",
-                expected="what an interrupted run has written", try_=advice,
+                self._call, f"{file.name}, which cannot be read ({error})", "what an interrupted run has written",
+                try_=advice,
             ) from error  # fmt: skip
         names = sorted(known.keys() | self._settings.keys())
         if changed := [name for name in names if known.get(name) != self._settings.get(name)]:
             raise InvalidArgumentError(
-                call=self._call, got=f"{file.name} of an interrupted run with another {listed(changed)}",
-                expected="no such file, or the same run again, which goes on from there",
+                self._call, f"{file.name} of an interrupted run with another {listed(changed)}",
+                "no such file, or the same run again, which goes on from there",
                 why="its finished parts belong to another result", try_=advice,
             )  # fmt: skip
         return found

@@ -95,7 +95,7 @@ def _lay_out(path: Path, forms: Mapping[str, Form], metadata: Mapping[str, str],
     """Write a header and reserve the space; gives where each tensor goes. The same header is the same bytes."""
     if odd := [name for name, (_, dtype) in forms.items() if dtype not in _NAMES]:
         expected = f"one of {[*map(str, _NAMES)]} in files"
-        raise InvalidTypeError(call=call, got=f"{odd[0]!r} of {forms[odd[0]][1]}", expected=expected)
+        raise InvalidTypeError(call, f"{odd[0]!r} of {forms[odd[0]][1]}", expected)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     size, offsets = 0, dict[str, int]()
     # Wide dtypes first, as safetensors does: then every tensor is aligned.
@@ -196,6 +196,6 @@ def files_of_index(index: Path) -> dict[str, Path]:
 def damaged(call: str, error: Exception | str, *, name: str = "a file", writer: str = "fisher.save") -> FileFormatError:
     """The error of a file that cannot be read, under the name that it has in the sentence."""
     return FileFormatError(
-        call=call, got=f"{name} that cannot be read ({error})", expected=f"a complete file written by {writer}",
+        call, f"{name} that cannot be read ({error})", f"a complete file written by {writer}",
         try_="another copy of it, or save it again; an interrupted save leaves the old file in place",
     )  # fmt: skip

@@ -20,6 +20,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteEr
 from fisherkit.io.model_files import targets, written
 from fisherkit.merging.models import ModelSource, weighted_average
 from fisherkit.merging.policy import Entries, MergePolicy
+from fisherkit.operators import Damping
 from fisherkit.progress import bar
 
 Merged = Iterable[tuple[str, Tensor]]
@@ -132,7 +133,7 @@ class MergeInfo:
 
 @dataclass(frozen=True)
 class Job:
-    """What every way of merging is given."""
+    """What every way of merging is given, and in the last three fields those by Fishers."""
 
     call: str
     models: Sequence[ModelSource]
@@ -143,6 +144,9 @@ class Job:
     overwrite: bool
     return_info: bool
     progress: bool
+    damping: Damping = 0.0
+    normalize: str | None = None
+    output_damping: float = 0.0
 
     def result(self, entries: Entries, merged: Merged, **info: Any) -> Any:
         """What the public call returns; ``info`` is more of the `MergeInfo`, read when all tensors are computed."""
@@ -150,8 +154,9 @@ class Job:
         if not self.return_info:
             return found
         names = {name: str(entry) for name, entry in entries.items()}
+        ours = {"method": self.call, "weights": self.weights, "names": names, "normalize": self.normalize}
         info["blocks"] = tuple(info.get("blocks", ()))
-        return found, MergeInfo(**{"method": self.call, "weights": self.weights, "names": names, **info})
+        return found, MergeInfo(**{**ours, "output_damping": self.output_damping, **info})
 
     def _assembled(self, entries: Entries, merged: Merged) -> dict[str, Tensor] | Path:
         ties = {name: entry.owner for name, entry in entries.items() if entry.action == "tied"}
@@ -180,8 +185,8 @@ class Job:
             low, high = map(float, tensor.aminmax())
             if torch.finfo(dtype).max < max(-low, high) < math.inf:
                 raise NonFiniteError(
-                    call=self.call, got=f"entries of {name!r} up to {max(-low, high):.3g}, beyond {dtype}",
-                    expected="numbers that the result's dtype holds", try_="policy=MergePolicy(dtype=torch.float32)",
+                    self.call, f"entries of {name!r} up to {max(-low, high):.3g}, beyond {dtype}",
+                    "numbers that the result's dtype holds", try_="policy=MergePolicy(dtype=torch.float32)",
                 )  # fmt: skip
         return tensor.to(dtype)
 
@@ -199,12 +204,12 @@ class Job:
     def _path(self) -> Path:
         """The target's path, which must not be a model's."""
         if not isinstance(self.out, (str, Path)):
-            raise InvalidTypeError(call=self.call, got=f"out of type {type(self.out).__name__}", expected="a path")
+            raise InvalidTypeError(self.call, f"out of type {type(self.out).__name__}", "a path")
         ours = {place.resolve() for place in targets(Path(self.out))}
         for model in (*self.models, *([self.center] if self.center else [])):
             if ours & {file.resolve() for file in model.files}:
                 raise InvalidArgumentError(
-                    call=self.call, got=f"out={str(self.out)!r}, which is the place of {model.label}",
-                    expected="another place", why="it would be overwritten while it is read",
+                    self.call, f"out={str(self.out)!r}, which is the place of {model.label}", "another place",
+                    why="it would be overwritten while it is read",
                 )  # fmt: skip
         return Path(self.out)

@@ -25,15 +25,7 @@ from fisherkit.merging.assembly import BlockInfo, Job
 from fisherkit.merging.fishers import FisherSource, Names
 from fisherkit.merging.models import read_double, weighted_average
 from fisherkit.merging.policy import MergePolicy
-from fisherkit.operators import (
-    Damping,
-    DenseOperator,
-    Factorization,
-    FisherOperator,
-    RelativeDamping,
-    SumOperator,
-    add,
-)
+from fisherkit.operators import DenseOperator, Factorization, FisherOperator, RelativeDamping, SumOperator, add
 from fisherkit.operators.base import convert
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.kronecker_sum import solve_two_products
@@ -62,35 +54,27 @@ class Scales:
     damping: float
 
 
-def measure(
-    sources: Sequence[FisherSource],
-    blocks: Sequence[Names],
-    weights: Sequence[float],
-    normalize: str | None,
-    damping: Damping,
-    call: str,
-    *,
-    progress: bool = False,
-) -> Scales:
+def measure(job: Job, sources: Sequence[FisherSource], blocks: Sequence[Names]) -> Scales:
     """Factors of all blocks and the absolute damping; a relative one is of the mean eigenvalue of Σ c_t F_t.
 
     Cost: reads every block of every Fisher once, unless nothing is normalized and the damping is absolute.
     """
-    check_normalize(normalize, call, BY_BLOCK)
+    damping = job.damping
+    check_normalize(job.normalize, job.call, BY_BLOCK)
     if not isinstance(damping, RelativeDamping):
-        damping = check_damping(damping, call)
-        if normalize is None:
-            return Scales(dict.fromkeys(blocks, tuple(weights)), damping)
+        damping = check_damping(damping, job.call)
+        if job.normalize is None:
+            return Scales(dict.fromkeys(blocks, job.weights), damping)
     size = sum(sources[0].space.restrict(names).size for names in blocks)
     rows, total = [], 0.0
-    with bar(len(sources) * len(blocks), "reading Fishers", "blocks", shown=progress) as shown:
-        for number, (source, weight) in enumerate(zip(sources, weights, strict=True), 1):
+    with bar(len(sources) * len(blocks), "reading Fishers", "blocks", shown=job.progress) as shown:
+        for number, (source, weight) in enumerate(zip(sources, job.weights, strict=True), 1):
             found = []
             for names in blocks:
-                found.append(_trace_and_scale(source.read(names), normalize))
+                found.append(_trace_and_scale(source.read(names), job.normalize))
                 shown.update(1)
             traces, scales = torch.stack(found, 1).tolist()  # one transfer from the device for all blocks
-            own = _factors(traces, scales, size, normalize, call, f"Fisher {number}")
+            own = _factors(job, traces, scales, size, f"Fisher {number}")
             rows.append([weight * factor for factor in own])
             total += sum(c * trace for c, trace in zip(rows[-1], traces, strict=True))
     if isinstance(damping, RelativeDamping):
@@ -110,16 +94,14 @@ def _trace_and_scale(block: FisherOperator, normalize: str | None) -> Float[Tens
     return torch.stack([trace, scale])
 
 
-def _factors(
-    traces: Sequence[float], scales: Sequence[float], size: int, normalize: str | None, call: str, label: str
-) -> list[float]:
+def _factors(job: Job, traces: Sequence[float], scales: Sequence[float], size: int, label: str) -> list[float]:
     """What one Fisher's blocks are multiplied by."""
-    if normalize is None:
+    if job.normalize is None:
         return [1.0] * len(traces)
-    how = "norm" if normalize == "norm" else "trace"
+    how = "norm" if job.normalize == "norm" else "trace"
     whole = math.sqrt(sum(scales)) if how == "norm" else sum(traces)
-    factor = factor_of_size(whole, size, how, call, label)
-    if normalize in BY_BLOCK:
+    factor = factor_of_size(whole, size, how, job.call, label)
+    if job.normalize in BY_BLOCK:
         # A block that is 0, alone among others, says nothing at any scale.
         return [1 / scale if scale > 0 else 1.0 for scale in scales]
     return [factor] * len(traces)
@@ -132,7 +114,6 @@ class BlockwiseMerge:
     job: Job
     sources: Sequence[FisherSource]
     scales: Scales
-    output_damping: float
     infos: list[BlockInfo] = field(default_factory=list)
 
     def solutions(self) -> Iterator[tuple[str, Tensor]]:
@@ -148,24 +129,24 @@ class BlockwiseMerge:
         total: FisherOperator | None = None
         right, outputs = torch.zeros_like(center), list[tuple[FisherOperator, Tensor]]()
         for block, factor, difference in self._terms(names, center, device):
-            operator = factor * mix_with_average(block, self.output_damping)
+            operator = factor * mix_with_average(block, self.job.output_damping)
             right += operator.matvec(difference)
             total = operator if total is None else add(total, operator)
             if self._looks_at_outputs(block):
                 outputs.append((average_over_outputs(block), difference))
             del block, operator, difference  # before the next are made
         if total is None:
-            raise InvalidArgumentError(call=self.job.call, got="no Fisher with a weight", expected="at least one")
+            raise InvalidArgumentError(self.job.call, "no Fisher with a weight", "at least one")
         try:
             delta, found = solve(total, right, self.scales.damping, self.job.policy)
         except SingularMatrixError as error:
             raise SingularMatrixError(
-                call=f"{self.job.call}(damping=0)",
-                got=f"a sum of Fishers that is singular in the block of {', '.join(map(repr, names[:4]))}",
-                expected="a positive definite sum",
+                f"{self.job.call}(damping=0)",
+                f"a sum of Fishers that is singular in the block of {', '.join(map(repr, names[:4]))}",
+                "a positive definite sum",
                 why=f"without damping nothing says where unmeasured directions should lie ({error.why})",
                 try_="damping=fk.RelativeDamping(1e-6), which leaves them at the center",
-            ) from error
+            ) from error  # fmt: skip
         size, residual, factors = len(center), float(found.residual.max()), self.scales.factors[names]
         against = self._against_average(delta, outputs, factors)
         self.infos.append(
@@ -176,7 +157,7 @@ class BlockwiseMerge:
     def _looks_at_outputs(self, block: FisherOperator) -> bool:
         """Whether R says more than I does, and costs no more than the solve."""
         lone = len(block.space.names) == 1 and len(block.space.shapes[0]) < 2
-        return self.job.call == "merge" and not lone and (block.inversion == "cheap" or self.output_damping > 0)
+        return self.job.call == "merge" and not lone and (block.inversion == "cheap" or self.job.output_damping > 0)
 
     def _against_average(
         self, delta: Float[Tensor, "d"], outputs: Sequence[tuple[FisherOperator, Tensor]], factors: Sequence[float]

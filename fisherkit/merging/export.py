@@ -70,18 +70,18 @@ def to_mergekit(
     check_positive(CALL, "max_shard_size", max_shard_size)
     if not isinstance(model, (str, Path)) or not isinstance(out, (str, Path)):
         raise InvalidTypeError(
-            call=CALL, got=f"a {type(model).__name__} as model and a {type(out).__name__} as out",
-            expected="paths of folders", try_="model.save_pretrained(folder)",
+            CALL, f"a {type(model).__name__} as model and a {type(out).__name__} as out", "paths of folders",
+            try_="model.save_pretrained(folder)",
         )  # fmt: skip
     folder, out = Path(model), Path(out)
     if not (folder / "config.json").is_file():
         raise InvalidArgumentError(
-            call=CALL, got=f"{folder}, which has no config.json", expected="a folder that save_pretrained wrote",
+            CALL, f"{folder}, which has no config.json", "a folder that save_pretrained wrote",
             why="a model without a config cannot be listed as one", try_="model.save_pretrained(folder)",
         )  # fmt: skip
     if out.resolve() == folder.resolve() or out.suffix == ".safetensors":
         raise InvalidArgumentError(
-            call=CALL, got=f"out={str(out)!r}", expected="the name of another folder",
+            CALL, f"out={str(out)!r}", "the name of another folder",
             why="the model would be lost" if out.suffix != ".safetensors" else "a model is a folder here",
         )  # fmt: skip
     source = open_model(folder, "the model", CALL)
@@ -91,8 +91,8 @@ def to_mergekit(
     lost = [repr(name) for name in source.shapes if name not in shapes]
     if lost and uncovered == "refuse":
         raise InvalidArgumentError(
-            call=f'{CALL}(uncovered="refuse")',
-            got=f"tensors of the model that the Fisher does not cover: {listed(lost, MOST_LISTED)}", expected="none",
+            f'{CALL}(uncovered="refuse")',
+            f"tensors of the model that the Fisher does not cover: {listed(lost, MOST_LISTED)}", "none",
             why="tools that merge expect every tensor of an architecture",
             try_='uncovered="skip", which leaves them out, or a Fisher of all parameters',
         )  # fmt: skip

@@ -44,11 +44,11 @@ def open_fishers(fishers: Sequence[Fisher], models: Sequence[ModelSource], call:
     """One source of blocks for each model, by the model's names."""
     if isinstance(fishers, (str, Path)) or not isinstance(fishers, Sequence):
         raise InvalidTypeError(
-            call=call, got=f"fishers of type {type(fishers).__name__}", expected="a list of Fishers, one for each model"
+            call, f"fishers of type {type(fishers).__name__}", "a list of Fishers, one for each model"
         )
     if len(fishers) != len(models):
         raise InvalidArgumentError(
-            call=call, got=f"{len(models)} models and {len(fishers)} Fishers", expected="one Fisher for each model"
+            call, f"{len(models)} models and {len(fishers)} Fishers", "one Fisher for each model"
         )
     pairs = zip(fishers, models, strict=True)
     return [
@@ -62,7 +62,7 @@ def _opened(fisher: Fisher, call: str) -> FisherSource:
         parts = {part.space.names: part for part in split(fisher)}
         if any(part.is_sharded for part in parts.values()):
             raise InvalidArgumentError(
-                call=call, got="a Fisher of which each process has some blocks", expected="one with all blocks",
+                call, "a Fisher of which each process has some blocks", "one with all blocks",
                 why="models are merged block by block", try_="fisher.save(path) in all processes and the path; or "
                 "shard=False",
             )  # fmt: skip
@@ -80,11 +80,9 @@ def _opened(fisher: Fisher, call: str) -> FisherSource:
 
         return FisherSource(file.space, file.metadata, file.blocks, file.device, read)
     raise InvalidTypeError(
-        call=call,
-        got=f"a {type(fisher).__name__}",
-        expected="a FisherOperator, or the path of a Fisher file",
+        call, f"a {type(fisher).__name__}", "a FisherOperator, or the path of a Fisher file",
         try_="fk.EmpiricalFisher(model, data)",
-    )
+    )  # fmt: skip
 
 
 def _named_as(source: FisherSource, known: Collection[str]) -> FisherSource:
@@ -112,7 +110,7 @@ def activations(source: FisherSource, shrink: float) -> FisherSource:
     blocks = tuple(names for names in source.blocks if source.read(names).factors is not None)
     if not blocks:
         raise InvalidArgumentError(
-            call="regmean", got="a Fisher without a Kronecker product", expected="activation factors",
+            "regmean", "a Fisher without a Kronecker product", "activation factors",
             why="RegMean merges linear layers by the second moments of their inputs", try_='structure="kfac"',
         )  # fmt: skip
 
@@ -120,7 +118,7 @@ def activations(source: FisherSource, shrink: float) -> FisherSource:
         layer = source.read(names)
         if layer.factors is None or layer.layout is None:
             raise InvalidArgumentError(
-                call="regmean", got=f"layers joined into {list(names)}", expected="Fishers of one structure",
+                "regmean", f"layers joined into {list(names)}", "Fishers of one structure",
                 try_='structure="kfac" for all',
             )  # fmt: skip
         activation, layout = layer.factors[0], layer.layout
@@ -141,12 +139,12 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str], call: s
             outside = [repr(name) for name in block if name not in order]
             if outside and len(outside) < len(block):
                 raise InvalidArgumentError(
-                    call=f"{call}, Fisher {number}",
-                    got=f"a block over {listed(map(repr, block))}, of which {listed(outside)} cannot be merged",
-                    expected="blocks whose parameters all models and Fishers have, in the same shapes",
+                    f"{call}, Fisher {number}",
+                    f"a block over {listed(map(repr, block))}, of which {listed(outside)} cannot be merged",
+                    "blocks whose parameters all models and Fishers have, in the same shapes",
                     why="parameters of one block interact, and a part of them cannot be solved for alone",
                     try_="Fishers built with the same params=, without the parameters that differ",
-                )
+                )  # fmt: skip
             units += [] if outside else [block]
     groups = [tuple(sorted(group, key=order.__getitem__)) for group in finest_partition(units)]
     blocks = sorted(groups, key=lambda group: order[group[0]])
@@ -154,11 +152,10 @@ def joined_blocks(sources: Sequence[FisherSource], names: Iterable[str], call: s
         for block in blocks:
             if (own := source.space.restrict(block).names) != block:
                 raise InvalidArgumentError(
-                    call=f"{call}, Fisher {number}",
-                    got=f"the parameters {listed(map(repr, own))} in another order than the first Fisher's",
-                    expected="one order of parameters",
-                    try_="Fishers built from models of one class",
-                )
+                    f"{call}, Fisher {number}",
+                    f"the parameters {listed(map(repr, own))} in another order than the first Fisher's",
+                    "one order of parameters", try_="Fishers built from models of one class",
+                )  # fmt: skip
     return blocks
 
 
@@ -170,9 +167,8 @@ def check_fits(source: FisherSource, model: ModelSource, label: str, call: str) 
     ]  # fmt: skip
     if odd:
         raise InvalidArgumentError(
-            call=call, got=f"{label} over parameters that {model.label} lacks or has in another shape: {listed(odd)}",
-            expected="the Fisher of this model",
-            why="a tied parameter has only the name of the first module that holds it",
+            call, f"{label} over parameters that {model.label} lacks or has in another shape: {listed(odd)}",
+            "the Fisher of this model", why="a tied parameter has only the name of the first module that holds it",
             try_="another model, another order of fishers, or the Fisher measured again",
         )  # fmt: skip
 
@@ -194,9 +190,8 @@ def check_measured(
     advice = "fk.adapters.merged_weights(model) in the place of each model, of whose adapters' products its Fisher is"
     if others and other_weights == "refuse":
         raise InvalidArgumentError(
-            call=f'{call}(other_weights="refuse")', got="Fishers of other weights: " + "; ".join(others),
-            expected="the Fisher of each very model",
-            why="a Fisher says what matters near the weights that it was measured at",
+            f'{call}(other_weights="refuse")', "Fishers of other weights: " + "; ".join(others),
+            "the Fisher of each very model", why="a Fisher says what matters near the weights that it was measured at",
             try_=advice if products else "another order of fishers, the Fisher measured again, or "
             'policy=MergePolicy(other_weights="warn"), which merges them',
         )  # fmt: skip

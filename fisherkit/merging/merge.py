@@ -119,12 +119,13 @@ def merge(
     """
     call = "merge"
     output_damping = check_number(call, "output_damping", output_damping)
-    given, sources = _opened(models, fishers, call)
+    given = open_models(models, call)
+    sources = open_fishers(fishers, given, call)
     job = Job(
         call, given, _weights(weights, sources, normalize, call), _center(center, call),
-        checked(policy, call, "refuse"), out, overwrite, return_info, progress,
+        checked(policy, call, "refuse"), out, overwrite, return_info, progress, damping, normalize, output_damping,
     )  # fmt: skip
-    return _merged(job, sources, sources, damping, normalize, output_damping)
+    return _merged(job, sources, sources)
 
 
 def regmean(
@@ -174,42 +175,26 @@ def regmean(
     """
     call = "regmean"
     shrink = check_number(call, "shrink", shrink, most=1)
-    given, sources = _opened(models, fishers, call)
+    given = open_models(models, call)
+    sources = open_fishers(fishers, given, call)
     job = Job(
         call, given, _weights(weights, sources, None, call), None, checked(policy, call, "average"),
-        out, overwrite, return_info, progress,
+        out, overwrite, return_info, progress, damping,
     )  # fmt: skip
-    return _merged(job, sources, [activations(source, shrink) for source in sources], damping, None, 0.0)
+    return _merged(job, sources, [activations(source, shrink) for source in sources])
 
 
 @without_autocast()
-def _merged(
-    job: Job,
-    measured: Sequence[FisherSource],
-    sources: Sequence[FisherSource],
-    damping: Damping,
-    normalize: str | None,
-    output_damping: float,
-) -> Any:
+def _merged(job: Job, measured: Sequence[FisherSource], sources: Sequence[FisherSource]) -> Any:
     """The result, of Fishers that were measured at the models and are merged as other matrices."""
     call = job.call
     unverified = check_measured(job.models, measured, job.policy.other_weights, call)
     covered = [name for name in sources[0].space.names if all(name in source.space.slices for source in sources)]
     entries = Decision(job.models, set(covered), job.center, job.policy, call).entries()
     blocks = _blocks(entries, job, sources, [name for name in covered if entries[name].action == "merged"])
-    scales = measure(sources, blocks, job.weights, normalize, damping, call, progress=job.progress)
-    problem = BlockwiseMerge(job, sources, scales, output_damping)
-    return job.result(
-        entries, problem.solutions(), normalize=normalize, damping=scales.damping, output_damping=output_damping,
-        blocks=problem.infos, unverified=unverified,
-    )  # fmt: skip
-
-
-def _opened(
-    models: Sequence[Model], fishers: Sequence[Fisher], call: str
-) -> tuple[list[ModelSource], list[FisherSource]]:
-    given = open_models(models, call)
-    return given, open_fishers(fishers, given, call)
+    scales = measure(job, sources, blocks)
+    problem = BlockwiseMerge(job, sources, scales)
+    return job.result(entries, problem.solutions(), damping=scales.damping, blocks=problem.infos, unverified=unverified)
 
 
 def _weights(
@@ -222,14 +207,13 @@ def _weights(
     if None in counts:
         numbers = ", ".join(str(number) for number, count in enumerate(counts, 1) if count is None)
         raise InvalidArgumentError(
-            call=f'{call}(weights="examples")',
-            got=f"Fishers that do not say on how many examples they were measured: {numbers}",
-            expected="Fishers as they were built or saved", try_="weights=[N_1, N_2, ...]",
+            f'{call}(weights="examples")',
+            f"Fishers that do not say on how many examples they were measured: {numbers}",
+            "Fishers as they were built or saved", try_="weights=[N_1, N_2, ...]",
         )  # fmt: skip
     if normalize is None and any(source.metadata.get("normalization") == "sum" for source in sources):
         raise InvalidArgumentError(
-            call=f'{call}(weights="examples", normalize=None)',
-            got='Fishers with normalization="sum"', expected='normalization="mean"',
+            f'{call}(weights="examples", normalize=None)', 'Fishers with normalization="sum"', 'normalization="mean"',
             why="sums over examples have their number in them already",
             try_=f"weights={[1.0] * len(sources)}, which is the same but for the center",
         )  # fmt: skip
@@ -241,9 +225,7 @@ def _center(center: str | Model, call: str) -> ModelSource | None:
     if isinstance(center, str) and center == "average":
         return None
     if not isinstance(center, (nn.Module, Mapping, str, Path)):
-        raise InvalidTypeError(
-            call=call, got=f"center of type {type(center).__name__}", expected='"average", or a model in any form'
-        )
+        raise InvalidTypeError(call, f"center of type {type(center).__name__}", '"average", or a model in any form')
     return open_model(center, "center", call)
 
 
@@ -260,7 +242,7 @@ def _blocks(entries: Entries, job: Job, sources: Sequence[FisherSource], merged:
 def _check_some(merged: Sequence[object], call: str) -> None:
     if not merged:
         raise InvalidArgumentError(
-            call=call, got="no parameter that all models and Fishers share", expected="at least one to merge",
+            call, "no parameter that all models and Fishers share", "at least one to merge",
             try_="fk.merging.average(models)",
         )  # fmt: skip
 
@@ -350,9 +332,9 @@ def task_arithmetic(
     """
     call = "task_arithmetic"
     if not is_number(scale):
-        raise InvalidTypeError(call=call, got=f"scale={scale!r}", expected="a number")
+        raise InvalidTypeError(call, f"scale={scale!r}", "a number")
     if not math.isfinite(scale):
-        raise InvalidArgumentError(call=call, got=f"scale={scale}", expected="a finite number")
+        raise InvalidArgumentError(call, f"scale={scale}", "a finite number")
     allowed, sources = checked(policy, call, "average"), open_models(models, call)
     start = open_model(base, "base", call)
     everything = [*sources, start]
@@ -437,13 +419,13 @@ def merge_layers(
     call = "merge_layers"
     if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
         raise InvalidTypeError(
-            call=call, got="models that are no modules", expected="a list of nn.Module",
+            call, "models that are no modules", "a list of nn.Module",
             why="each is run with layers that are merged already", try_="fk.merging.merge for files and state dicts",
         )  # fmt: skip
     if not isinstance(data, Sequence) or len(data) != len(models):
         number = len(data) if isinstance(data, Sequence) else f"a {type(data).__name__} as"
         raise InvalidArgumentError(
-            call=call, got=f"{len(models)} models and {number} data", expected="the data of each model",
+            call, f"{len(models)} models and {number} data", "the data of each model",
             why="each model is measured on its own task's data", try_="[data_a, data_b], in the models' order",
         )  # fmt: skip
     sources = open_models(models, call)
@@ -452,16 +434,14 @@ def merge_layers(
     _check_stages(order, space, call)
     own = check_weights(weights, len(sources), call)
     allowed = checked(policy, call, "refuse")
-    job = Job(call, sources, own, None, allowed, out, overwrite, return_info, progress)
+    job = Job(
+        call, sources, own, None, allowed, out, overwrite, return_info, progress, damping, normalize, output_damping
+    )
     entries = Decision(sources, {name for names in order for name in names}, None, allowed, call).entries()
     order = [names for stage in order if (names := tuple(n for n in stage if entries[n].action == "merged"))]
     _check_some(order, call)
-    settings = {"damping": damping, "normalize": normalize, "output_damping": output_damping, "policy": policy}
     infos: list[MergeInfo] = []
-    found = job.result(
-        entries, _stages(job, models, data, fisher, order, entries, infos, settings), normalize=normalize,
-        output_damping=output_damping,
-    )  # fmt: skip
+    found = job.result(entries, _stages(job, models, data, fisher, order, entries, infos))
     if not return_info:
         return found
     blocks = tuple(block for info in infos for block in info.blocks)
@@ -470,7 +450,7 @@ def merge_layers(
 
 def _stages(
     job: Job, models: Sequence[nn.Module], data: Sequence[Data], fisher: Callable[..., FisherOperator],
-    order: Sequence[tuple[str, ...]], entries: Entries, infos: list[MergeInfo], settings: dict[str, Any],
+    order: Sequence[tuple[str, ...]], entries: Entries, infos: list[MergeInfo],
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Every staged name and its merged values; ``infos`` gets what each stage's merge did."""
     between = [copy.deepcopy(unwrapped(model)) for model in models]
@@ -483,7 +463,10 @@ def _stages(
         for names in order:
             fishers = [fisher(model, own, params=list(names)) for model, own in zip(between, data, strict=True)]
             states = [{name: model.get_parameter(name) for name in names} for model in between]
-            merged, info = merge(states, fishers, job.weights, return_info=True, **settings)
+            merged, info = merge(
+                states, fishers, job.weights, damping=job.damping, normalize=job.normalize,
+                output_damping=job.output_damping, policy=job.policy, return_info=True,
+            )  # fmt: skip
             infos.append(info)
             for name, tensor in merged.items():
                 _put(between, name, tensor)
@@ -505,8 +488,8 @@ def _check_stages(order: Sequence[tuple[str, ...]], space: ParameterSpace, call:
     odd = [repr(name) for name in names if name not in space.names or names.count(name) > 1]
     if odd or not names:
         raise InvalidArgumentError(
-            call=f"{call}(stages=...)", got=f"names that are no trained parameter, or twice: {listed(odd)}",
-            expected="names of model.named_parameters(), each once", why="each parameter is merged once",
+            f"{call}(stages=...)", f"names that are no trained parameter, or twice: {listed(odd)}",
+            "names of model.named_parameters(), each once", why="each parameter is merged once",
             try_="stages=None, for a stage a module",
         )  # fmt: skip
 
@@ -557,24 +540,24 @@ def line_search(
     call = "line_search"
     if not callable(loss):
         raise InvalidTypeError(
-            call=call, got=f"loss of type {type(loss).__name__}", expected="a function of a state dict",
+            call, f"loss of type {type(loss).__name__}", "a function of a state dict",
             try_="lambda state: cross_entropy(functional_call(model, state, x), y)",
         )  # fmt: skip
     if not isinstance(shares, Sequence):
         raise InvalidTypeError(
-            call=call, got=f"shares of type {type(shares).__name__}", expected="a sequence of numbers from 0 to 1",
+            call, f"shares of type {type(shares).__name__}", "a sequence of numbers from 0 to 1",
             try_="shares=(0, 0.5, 1)",
         )  # fmt: skip
     tried = [check_number(call, "shares", share, most=1) for share in shares]
     if not tried:
-        raise InvalidArgumentError(call=call, got="shares=()", expected="at least one", try_="shares=(0, 0.5, 1)")
+        raise InvalidArgumentError(call, "shares=()", "at least one", try_="shares=(0, 0.5, 1)")
     # The loss may load states into the very modules whose tensors these are.
     ends = [model if isinstance(model, (str, Path)) else copy.deepcopy(model) for model in (start, end)]
     losses = tuple((share, _loss_of(loss, averaged(call, ends, [1 - share, share], policy))) for share in tried)
     best, least = min(losses, key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf)
     if not math.isfinite(least):
         raise NonFiniteError(
-            call=call, got=f"losses {[value for _, value in losses]}", expected="a finite one",
+            call, f"losses {[value for _, value in losses]}", "a finite one",
             why="neither model has a loss that can be compared", try_="look at the loss of each model",
         )  # fmt: skip
     found, info = averaged(call, ends, [1 - best, best], policy, out, overwrite, return_info=True)
@@ -587,7 +570,7 @@ def _loss_of(loss: Loss, state: dict[str, Tensor]) -> float:
         found = found.item()
     if not is_number(found):
         raise InvalidTypeError(
-            call="line_search", got=f"a loss that returns {found!r:.80}", expected="a number, or a tensor of one",
+            "line_search", f"a loss that returns {found!r:.80}", "a number, or a tensor of one",
             try_="its mean over examples",
         )  # fmt: skip
     return float(found)

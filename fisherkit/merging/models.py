@@ -64,9 +64,7 @@ def open_model(model: Model, label: str, call: str) -> ModelSource:
             label, call, shapes, dtypes, lambda name: found.read(own[name]), _statistics(own), files=tuple(found.paths)
         )
     raise InvalidTypeError(
-        call=f"{call}, {label}",
-        got=f"a {type(model).__name__}",
-        expected="a module, a state dict, or the path of safetensors files",
+        f"{call}, {label}", f"a {type(model).__name__}", "a module, a state dict, or the path of safetensors files"
     )
 
 
@@ -76,8 +74,8 @@ def _of_tensors(
     odd = sorted(str(name) for name, t in tensors.items() if not isinstance(t, Tensor) or not isinstance(name, str))
     if odd:
         raise InvalidTypeError(
-            call=f"{call}, {label}", got=f"entries that are no named tensors: {odd}",
-            expected="a state dict of name -> tensor", try_="leave them out",
+            f"{call}, {label}", f"entries that are no named tensors: {odd}", "a state dict of name -> tensor",
+            try_="leave them out",
         )  # fmt: skip
     own = _own_names(tensors)
     kept = {name: tensors[own[name]].detach() for name in own}
@@ -110,11 +108,10 @@ def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
     """The sources of a list of models."""
     if isinstance(models, (str, Path)) or not isinstance(models, Sequence):
         raise InvalidTypeError(
-            call=call, got=f"models of type {type(models).__name__}", expected="a list of models",
-            try_=f"{call}([model_a, model_b], ...)",
-        )  # fmt: skip
+            call, f"models of type {type(models).__name__}", "a list of models", try_=f"{call}([model_a, model_b], ...)"
+        )
     if not models:
-        raise InvalidArgumentError(call=call, got="no models", expected="at least one")
+        raise InvalidArgumentError(call, "no models", "at least one")
     found = [open_model(model, f"model {number}", call) for number, model in enumerate(models, 1)]
     if len(found) > 1 and any(".lora_" in name for name in found[0].shapes):
         warn(
@@ -130,15 +127,15 @@ def check_weights(weights: Sequence[float] | Tensor | str | None, count: int, ca
     if weights is None:
         return (1 / count,) * count
     if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
-        raise InvalidTypeError(call=call, got=f"weights={weights!r}", expected="one number for each model, or None")
+        raise InvalidTypeError(call, f"weights={weights!r}", "one number for each model, or None")
     values: list[Any] = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if not all(map(is_number, values)):
-        raise InvalidTypeError(call=call, got=f"weights={values!r}", expected="numbers")
+        raise InvalidTypeError(call, f"weights={values!r}", "numbers")
     if len(values) != count:
-        raise InvalidArgumentError(call=call, got=f"{len(values)} weights", expected=f"{count}, one for each model")
+        raise InvalidArgumentError(call, f"{len(values)} weights", f"{count}, one for each model")
     if not all(w >= 0 for w in values) or not 0 < sum(values) < math.inf:
         raise InvalidArgumentError(
-            call=call, got=f"weights={values!r}", expected="finite numbers, 0 or more, not all 0, of a finite sum",
+            call, f"weights={values!r}", "finite numbers, 0 or more, not all 0, of a finite sum",
             why="a negative multiple of a Fisher is not positive semi-definite",
         )  # fmt: skip
     return tuple(float(w) for w in values)
@@ -161,7 +158,7 @@ def read_double(model: ModelSource, name: str, device: torch.device | None = Non
     found = tensor.to(tensor.device if device is None else device, torch.float64)
     if not all_finite(found):
         raise NonFiniteError(
-            call=f"{model.call}, {model.label}", got=f"NaN or infinite entries in {name!r}", expected="finite numbers",
+            f"{model.call}, {model.label}", f"NaN or infinite entries in {name!r}", "finite numbers",
             try_="check the training run that it came from",
         )  # fmt: skip
     return found

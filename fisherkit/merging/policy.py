@@ -81,11 +81,11 @@ class MergePolicy:
             if (name, getattr(self, name)) != ("uncovered", None):
                 check_choice(call, name, getattr(self, name), words)
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
-            raise InvalidTypeError(call=call, got=f"dtype={self.dtype!r}", expected="a torch.dtype or None")
+            raise InvalidTypeError(call, f"dtype={self.dtype!r}", "a torch.dtype or None")
         if self.dtype is not None and not self.dtype.is_floating_point:
-            raise InvalidArgumentError(call=call, got=f"dtype={self.dtype}", expected="a floating-point dtype")
+            raise InvalidArgumentError(call, f"dtype={self.dtype}", "a floating-point dtype")
         if not is_number(self.tolerance) or not 0 < self.tolerance < 1:
-            raise InvalidArgumentError(call=call, got=f"tolerance={self.tolerance!r}", expected="0 < tolerance < 1")
+            raise InvalidArgumentError(call, f"tolerance={self.tolerance!r}", "0 < tolerance < 1")
         check_count(call, "max_steps", self.max_steps)
         if self.device is not None:
             check_device(call, self.device)
@@ -97,7 +97,7 @@ def checked(policy: MergePolicy | None, call: str, uncovered: str) -> MergePolic
     policy = MergePolicy() if policy is None else policy
     if not isinstance(policy, MergePolicy):
         raise InvalidTypeError(
-            call=call, got=f"policy of type {type(policy).__name__}", expected="a MergePolicy",
+            call, f"policy of type {type(policy).__name__}", "a MergePolicy",
             try_='policy=fk.merging.MergePolicy(uncovered="average")',
         )  # fmt: skip
     return replace(policy, uncovered=policy.uncovered or uncovered)
@@ -169,15 +169,14 @@ class Decision:
             prefix = _prefix(one.shapes, next(iter(other.shapes)))
             if prefix and all(name.startswith(prefix) for name in one.shapes):
                 raise InvalidArgumentError(
-                    call=self.call, got=f"{prefix!r} before every name of {one.label} and not of {other.label}",
-                    expected="models by their own names", why=why, try_=_without(prefix),
+                    self.call, f"{prefix!r} before every name of {one.label} and not of {other.label}",
+                    "models by their own names", why=why, try_=_without(prefix),
                 )  # fmt: skip
         if unknown := sorted(set(self.covered) - set(names)):
             prefix = _prefix(names, unknown[0])
             raise InvalidArgumentError(
-                call=self.call,
-                got=f"Fishers over parameters that no model has: {listed(map(repr, unknown), MOST_LISTED)}",
-                expected="Fishers of these models, by the models' own names", why=why if prefix else "",
+                self.call, f"Fishers over parameters that no model has: {listed(map(repr, unknown), MOST_LISTED)}",
+                "Fishers of these models, by the models' own names", why=why if prefix else "",
                 try_=_without(prefix) if prefix else "the Fishers measured again, on these models",
             )  # fmt: skip
 
@@ -202,9 +201,8 @@ class Decision:
         if odd and self.policy.dtype is None:
             found = sorted({str(model.dtypes[odd[0]]) for model in self.models})
             raise InvalidTypeError(
-                call=self.call, got=f"models of {' and '.join(found)}: {listed(odd, MOST_LISTED)}",
-                expected="one dtype", why="nothing is cast silently",
-                try_="policy=MergePolicy(dtype=torch.float32), the dtype of the result",
+                self.call, f"models of {' and '.join(found)}: {listed(odd, MOST_LISTED)}", "one dtype",
+                why="nothing is cast silently", try_="policy=MergePolicy(dtype=torch.float32), the dtype of the result",
             )  # fmt: skip
 
     def _action(self, name: str) -> str:
@@ -242,7 +240,7 @@ class Decision:
     def _refuse(self, found: Sequence[str], what: str, setting: str, words: str) -> None:
         if found:
             raise InvalidArgumentError(
-                call=f'{self.call}({setting}="refuse")', got=f"{what}: {listed(found, MOST_LISTED)}", expected="none",
+                f'{self.call}({setting}="refuse")', f"{what}: {listed(found, MOST_LISTED)}", "none",
                 why="nothing is chosen, averaged or dropped silently", try_=f"policy=MergePolicy({setting}={words}",
             )  # fmt: skip
 
@@ -257,9 +255,8 @@ def check_center(center: ModelSource, shapes: Mapping[str, tuple[int, ...]], cal
     lost = [name for name, shape in shapes.items() if center.shapes.get(name) != shape]
     if lost:
         raise InvalidArgumentError(
-            call=f"{call}(center=...)",
-            got=f"a center without {listed(map(repr, lost), MOST_LISTED)} in the models' shapes",
-            expected="all that is taken from it or pulled to it", try_='a center with them, or center="average"',
+            f"{call}(center=...)", f"a center without {listed(map(repr, lost), MOST_LISTED)} in the models' shapes",
+            "all that is taken from it or pulled to it", try_='a center with them, or center="average"',
         )  # fmt: skip
 
 

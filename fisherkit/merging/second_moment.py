@@ -59,7 +59,7 @@ def from_optimizer(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidTypeError(
-            call=CALL, got=f"a {type(optimizer).__name__} as optimizer", expected="a torch.optim.Optimizer",
+            CALL, f"a {type(optimizer).__name__} as optimizer", "a torch.optim.Optimizer",
             try_="fk.from_optimizer(optimizer, model)",
         )  # fmt: skip
     check_positive(CALL, "batch_size", batch_size)
@@ -68,8 +68,8 @@ def from_optimizer(
     own = {name: parameter for name, parameter in known.items() if id(parameter) in groups}
     if not own:
         raise InvalidArgumentError(
-            call=CALL, got=f"{type(optimizer).__name__} and parameters of which it changes none",
-            expected="the model that it trains", why="parameters are recognised by identity, not by their values",
+            CALL, f"{type(optimizer).__name__} and parameters of which it changes none", "the model that it trains",
+            why="parameters are recognised by identity, not by their values",
             try_="the very model that the optimizer was made for",
         )  # fmt: skip
     moments, steps = [], []
@@ -79,22 +79,21 @@ def from_optimizer(
         group, state = groups[id(parameter)], states[name]
         if (decay := group.get("weight_decay", 0)) and not group.get("decoupled_weight_decay", False):
             raise InvalidArgumentError(
-                call=CALL, got=f"{type(optimizer).__name__} with weight_decay={decay}",
-                expected="none, or a decoupled one as AdamW's",
+                CALL, f"{type(optimizer).__name__} with weight_decay={decay}", "none, or a decoupled one as AdamW's",
                 why="the gradients that it has squared have weight_decay · θ in them", try_="torch.optim.AdamW",
             )  # fmt: skip
         step = float(state["step"])
         moment = state["exp_avg_sq"].detach().to(at_least_single(parameter.dtype)) / (1 - group["betas"][1] ** step)
         if not bool(moment.isfinite().all()):
             raise NonFiniteError(
-                call=CALL, got=f"a second moment of {name!r} with NaN or infinity", expected="finite ones",
+                CALL, f"a second moment of {name!r} with NaN or infinity", "finite ones",
                 why="a gradient was not finite, and the running mean keeps that", try_="an earlier checkpoint",
             )  # fmt: skip
         moments.append(moment.reshape(-1))
         steps.append(step)
     if len({(moment.device, moment.dtype) for moment in moments}) > 1:
         raise InvalidArgumentError(
-            call=CALL, got="parameters of several dtypes or on several devices", expected="one dtype and device",
+            CALL, "parameters of several dtypes or on several devices", "one dtype and device",
             try_="a call for each part of the parameters, such as those whose names begin alike",
         )  # fmt: skip
     space = ParameterSpace(tuple(own), tuple(tuple(parameter.shape) for parameter in own.values()))
@@ -119,8 +118,8 @@ def _named(parameters: Parameters) -> dict[str, Tensor]:
         found = {plain(name): parameter for name, parameter in pairs}
     except (TypeError, ValueError, AttributeError) as error:
         raise InvalidTypeError(
-            call=CALL, got=f"parameters of type {type(parameters).__name__}",
-            expected="a module, or names with parameters", try_="fk.from_optimizer(optimizer, model)",
+            CALL, f"parameters of type {type(parameters).__name__}", "a module, or names with parameters",
+            try_="fk.from_optimizer(optimizer, model)",
         ) from error  # fmt: skip
     return found
 
@@ -132,20 +131,20 @@ def _check_states(optimizer: torch.optim.Optimizer, states: Mapping[str, Mapping
     needed = all({"exp_avg_sq", "step"} <= state.keys() for state in states.values() if state)
     if (kept and not needed) or not all("betas" in group for group in optimizer.param_groups):
         raise InvalidArgumentError(
-            call=CALL, got=f"{name}, which keeps {', '.join(kept) or 'nothing that it was asked for'}",
-            expected="an optimizer that keeps step and exp_avg_sq with betas, as torch.optim.Adam, AdamW, NAdam, RAdam",
+            CALL, f"{name}, which keeps {', '.join(kept) or 'nothing that it was asked for'}",
+            "an optimizer that keeps step and exp_avg_sq with betas, as torch.optim.Adam, AdamW, NAdam, RAdam",
             why="there is no second moment with a known bias in it",
             try_='fk.EmpiricalFisher(model, data, structure="diagonal"), one pass over data',
         )  # fmt: skip
     if len(without) == len(states):
         raise InvalidArgumentError(
-            call=CALL, got=f"{name} before its first step", expected="one that has seen gradients",
+            CALL, f"{name} before its first step", "one that has seen gradients",
             try_="after optimizer.step(), or after load_state_dict of a trained optimizer's state",
         )  # fmt: skip
     if without:
         raise InvalidArgumentError(
-            call=CALL, got=f"{name} without a second moment of {listed(map(repr, without), 8)}",
-            expected="gradients of all parameters that it changes", why="these have had no gradient in any step",
+            CALL, f"{name} without a second moment of {listed(map(repr, without), 8)}",
+            "gradients of all parameters that it changes", why="these have had no gradient in any step",
             try_="the named parameters without them",
         )  # fmt: skip
 

@@ -88,12 +88,12 @@ class Capture:
         self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, tuple[int, int]] = {}
         self._warned: set[str] = set()
-        self._watch = Watch(model, self)
+        self._watch = Watch(model, self.begin, self.end)
 
     def __getstate__(self) -> NoReturn:
         """Refuse to be copied or pickled."""
         raise ModelError(
-            call=f"a copy or pickle of {self.call}", got="hooks on one model", expected="its state_dict()",
+            f"a copy or pickle of {self.call}", "hooks on one model", "its state_dict()",
             try_=f"a new {self.call} for the copied model, and load_state_dict",
         )  # fmt: skip
 
@@ -327,12 +327,12 @@ class Capture:
             return
         names = [name for unit in plan.generic for name in unit.names]
         raise ModelError(
-            call=f"{self.call}, forward pass in train mode",
-            got=f"{[*averaging, 'active dropout'][0]!r} beside parameters without a layer rule: {names[:4]}",
-            expected="either one of the two",
+            f"{self.call}, forward pass in train mode",
+            f"{[*averaging, 'active dropout'][0]!r} beside parameters without a layer rule: {names[:4]}",
+            "either one of the two",
             why="rows of such parameters come from a pass of their own, which would draw or average anew",
             try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
-        )
+        )  # fmt: skip
 
     # -- the backward pass ---------------------------------------------------------------------------------------------
 
@@ -489,12 +489,11 @@ def runs(leaves: Iterable[Any]) -> bool:
 def used_again(call: str) -> ModelError:
     """Of a backward pass through a forward pass whose gradient is known, or that had to be forgotten."""
     return ModelError(
-        call=f"{call}, backward pass",
-        got="a backward pass through a forward pass that was used, or that is no longer known",
-        expected=f"one backward pass for each forward pass, at most {OPEN} of them waiting",
+        f"{call}, backward pass", "a backward pass through a forward pass that was used, or that is no longer known",
+        f"one backward pass for each forward pass, at most {OPEN} of them waiting",
         why="a second one would add the same examples to the Fisher again",
         try_="one loss for each forward pass, or `with optimizer.paused():` around other uses of the model",
-    )
+    )  # fmt: skip
 
 
 def versions(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, int]]:

@@ -5,9 +5,14 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+=======
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+>>>>>>> w-upper
 from dataclasses import replace
 from typing import Any
 
@@ -462,6 +467,20 @@ def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
     targets = (norm**power).masked_fill_(norm == 0, 0.0)
     (chunk,) = one.chunks  # one vector an example
     return targets if chunk.regular else targets[chunk.owner]
+
+
+class Watching:
+    """What watches its model by a `Curvature`."""
+
+    _curvature: Curvature
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Forward passes in here are not captured: for uses of the model with gradients that do not lead to a step."""
+        return self._curvature.capture.paused()
+
+    def close(self) -> None:
+        """Take the hooks off the model; no step can be made after that."""
+        self._curvature.capture.close()
 
 
 # -- what users pass, checked before anything is done ------------------------------------------------------------------

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.averages import LayerDamping
-from fisherkit.optim.curvature import Curvature, check_damping_choice, check_has, checked_rule, whole_model
+from fisherkit.optim.curvature import Curvature, Watching, check_damping_choice, check_has, checked_rule, whole_model
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
 from fisherkit.space import ParameterSpace, Selection
@@ -27,7 +26,7 @@ CALL = "NaturalGradient"
 STATE_CHECKSUM = "state_checksum"
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(Watching, torch.optim.Optimizer):
     """θ ← θ − lr · Δ with Δ the gradient seen through a Fisher of the very examples of the step.
 
         optimizer = fk.optim.NaturalGradient(model, lr=0.5, kind="ief", gram_damping=1e-3)
@@ -247,16 +246,6 @@ class NaturalGradient(torch.optim.Optimizer):
         super().add_param_group(param_group)
         chosen = [p for group in self.param_groups for p in group["params"]]
         capture.space = ParameterSpace.of(capture.model, [names[id(p)] for p in chosen])
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Forward passes in here are not captured: for uses of the model with gradients that do not lead to a step."""
-        with self._curvature.capture.paused():
-            yield
-
-    def close(self) -> None:
-        """Take the hooks off the model; the optimizer can make no step after that."""
-        self._curvature.capture.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's, and running averages and counters under "curvature"; of tensors, numbers and strings alone.

@@ -88,8 +88,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
         raise error.at(place) from error
     if target is None:
         raise ModelError(
-            call=place, got=f"the likelihood {likelihood.recorded!r}",
-            expected="one whose targets show in the loss gradient",
+            place, f"the likelihood {likelihood.recorded!r}", "one whose targets show in the loss gradient",
             why="the targets are read off the gradient of your loss, and weights of 0, smoothing of two classes and "
             "variances of the data leave it open",
             try_="weights above 0, no smoothing, a variance that is the same for all; or target_from_gradient in a "
@@ -109,9 +108,9 @@ def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reductio
     wrong, *examples, positions = torch.stack([strange, *several, mask.sum()]).tolist()
     if wrong:
         raise ModelError(
-            call=f"{call}, backward pass",
-            got="a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
-            expected=f"the loss of the {likelihood.recorded} likelihood with hard targets, times a factor for each "
+            f"{call}, backward pass",
+            "a loss whose gradient at the outputs is no positive multiple of the likelihood's in every example",
+            f"the loss of the {likelihood.recorded} likelihood with hard targets, times a factor for each "
             "example", why="the Fisher is that of the likelihood",
             try_="a loss without label smoothing or terms in the outputs, of the outputs that the model returns; or "
             "likelihood= to match it: the loss module that you train with, nn.CrossEntropyLoss(...), nn.NLLLoss() or "
@@ -171,6 +170,6 @@ def check_reduction(likelihood: Likelihood, reduction: str, call: str) -> None:
     own = likelihood.reduction
     if not likelihood.gradient_scale_free and own is not None and own != reduction:
         raise InvalidArgumentError(
-            call=call, got=f"reduction={reduction!r} with a loss module of reduction {own!r}", expected="the same",
+            call, f"reduction={reduction!r} with a loss module of reduction {own!r}", "the same",
             why="targets are read off the loss gradient and its scale", try_=f"reduction={own!r}",
         )  # fmt: skip

@@ -155,8 +155,8 @@ class Pass:
         """Refuse outputs that were changed in place."""
         if self.z._version != self._version:
             raise ModelError(
-                call=f"{call}, backward pass", got="outputs that were changed in place after the forward pass",
-                expected="outputs as the model returned them", why="the likelihood is read at their values",
+                f"{call}, backward pass", "outputs that were changed in place after the forward pass",
+                "outputs as the model returned them", why="the likelihood is read at their values",
                 try_="logits / temperature instead of logits.div_(temperature), or the change inside forward",
             )  # fmt: skip
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from fisherkit.errors import InvalidArgumentError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim.averages import LayerDamping
-from fisherkit.optim.curvature import Curvature, checked_rule, whole_model
+from fisherkit.optim.curvature import Curvature, Watching, checked_rule, whole_model
 from fisherkit.optim.sample_space import with_layer_rms
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
@@ -30,7 +29,7 @@ DAMPING, MOMENTUM, LAYER_RMS, EMA, UPDATE_EVERY = LayerDamping(0.3), 0.9, 0.2, 0
 """Without a damping of yours."""
 
 
-class Preconditioner:
+class Preconditioner(Watching):
     """Replaces each gradient by (F + λI)⁻¹ ∇L, between ``loss.backward()`` and the step of any optimizer.
 
         preconditioner = fk.optim.Preconditioner(model, kind="ief", structure="ekfac")
@@ -177,16 +176,6 @@ class Preconditioner:
                 own[name].grad = delta.clone()
         if strided:
             torch._foreach_copy_([gradient for gradient, _ in strided], [delta for _, delta in strided])
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """As `NaturalGradient.paused`."""
-        with self._curvature.capture.paused():
-            yield
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        self._curvature.capture.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Running averages and counters."""

@@ -68,8 +68,7 @@ class Replay(Capture):
         self._done: list[Call] = []
         self._call: Call | None = None
         self._held = self.parameters()
-        self._calls = _Calls(self)
-        self._outer = Watch(model, self._calls)
+        self._outer = Watch(model, self.called, self.answered)
         self._made_of = fingerprint(model)
         self._empty()
 
@@ -187,7 +186,7 @@ class Replay(Capture):
         """Another copy, of the model as it is now: in another mode, or with other settings or hooks."""
         self._watch.close()
         self.model, self._made_of = in_its_precision(self.owner), fingerprint(self.owner)
-        self._watch = Watch(self.model, self)
+        self._watch = Watch(self.model, self.begin, self.end)
         for known in (self._plans, self._through, self._chosen, self._seen):
             known.clear()
 
@@ -227,29 +226,11 @@ class Replay(Capture):
             if not bool((found - expected).norm() > allowed):  # nor where the loss has diverged
                 return
         raise ModelError(
-            call=f"{self.call}.step", got="outputs of the sharded model that a copy with all weights does not have",
-            expected="the same", why="rows of a sharded model are made by one more pass, of a copy",
+            f"{self.call}.step", "outputs of the sharded model that a copy with all weights does not have", "the same",
+            why="rows of a sharded model are made by one more pass, of a copy",
             try_="a forward pass that gives the same again, outputs that are not changed in place, and weights that "
             "change in step() alone",
         )  # fmt: skip
-
-
-class _Calls:
-    """Listens to the sharded model's calls for a `Replay`, which listens to those of its copy itself."""
-
-    def __init__(self, owner: Replay) -> None:
-        self._owner = weakref.ref(owner)
-
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | None:
-        """A call begins."""
-        owner = self._owner()
-        return None if owner is None else owner.called(args, kwargs)
-
-    def end(self, output: Any) -> None:
-        """It has ended."""
-        owner = self._owner()
-        if owner is not None:
-            owner.answered(output)
 
 
 def _leaf(node: Any) -> Any:

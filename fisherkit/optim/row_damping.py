@@ -44,11 +44,9 @@ class RowDamped(OutputRule):
     def __init__(self, kind: str | OutputRule, row_damping: float, **options: Any) -> None:
         call = "RowDamped"
         if not is_number(row_damping):
-            raise InvalidTypeError(
-                call=call, got=f"row_damping of type {type(row_damping).__name__}", expected="a number"
-            )
+            raise InvalidTypeError(call, f"row_damping of type {type(row_damping).__name__}", "a number")
         if not (math.isfinite(row_damping) and row_damping > 0):
-            raise InvalidArgumentError(call=call, got=f"row_damping={row_damping}", expected="a positive number")
+            raise InvalidArgumentError(call, f"row_damping={row_damping}", "a positive number")
         self.rule, self.row_damping = rule_of(kind, call=call, options=options), float(row_damping)
         self.kind_name = self.rule.kind_name  # type: ignore[misc]  # what a class has is an object's own here
         self.positionwise = self.rule.positionwise  # type: ignore[misc]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,23 +16,24 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from fisherkit.rows.differentiable import OWN_PASS
 from fisherkit.rows.record import Recorder
 
-
-class Listener(Protocol):
-    """Who wants to know of a model's calls."""
-
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | None:
-        """A call begins; the recorder that is to see it, or None if its end is of no interest."""
-
-    def end(self, output: Any) -> None:
-        """A call that `begin` gave a recorder for has ended; None if it raised."""
+Begins: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Recorder | None]
 
 
 class Watch:
-    """Announces a model's outermost calls to a listener, which it keeps weakly; ``close`` takes the hooks off."""
+    """Announces a model's outermost calls to two methods of an object, which it keeps weakly.
 
-    def __init__(self, model: nn.Module, listener: Listener) -> None:
+    Args:
+        model: the model.
+        begins: told of a call's arguments; gives the recorder that is to see it, or None if its end is of no interest.
+        ends: told of the output of a call that has a recorder; of None if it raised.
+
+    Attributes:
+        close: takes the hooks off.
+    """
+
+    def __init__(self, model: nn.Module, begins: Begins, ends: Callable[[Any], None]) -> None:
         self.model = model
-        self._listener = weakref.ref(listener)
+        self._begins, self._ends = weakref.WeakMethod(begins), weakref.WeakMethod(ends)
         self._paused = self._quiet = self._depth = 0
         self._frame: FrameType | None = None
         self._active: list[Recorder] = []
@@ -91,10 +92,10 @@ class Watch:
         if self._depth > 1:
             return
         self._frame = sys._getframe(2)
-        listener = self._listener()
-        if listener is None or self.silent or OWN_PASS.get() or not torch.is_grad_enabled():
+        begins = self._begins()
+        if begins is None or self.silent or OWN_PASS.get() or not torch.is_grad_enabled():
             return
-        recorder = listener.begin(args, kwargs)
+        recorder = begins(args, kwargs)
         if recorder is not None:
             self._active.append(recorder)
             recorder.__enter__()  # type: ignore[no-untyped-call]
@@ -103,12 +104,12 @@ class Watch:
         self._depth = max(self._depth - 1, 0)
         if self._depth > 0:
             return
-        self._frame, listener = None, self._listener()
+        self._frame, ends = None, self._ends()
         if not self._active:
             return
         leave(self._active.pop())
-        if listener is not None:
-            listener.end(output)
+        if ends is not None:
+            ends(output)
 
 
 _LIVE: weakref.WeakSet[Watch] = weakref.WeakSet()

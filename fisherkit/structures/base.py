@@ -146,7 +146,7 @@ def everywhere(units: Mapping[Names, A], processes: Processes) -> dict[Names, A]
 
 def _different(got: str) -> ProcessError:
     return ProcessError(
-        call="adding up what processes found", got=got, expected="the same in all processes",
+        "adding up what processes found", got, "the same in all processes",
         why="a layer's rows were made in different ways", try_="batches of the same kind in all processes",
     )  # fmt: skip
 
@@ -453,11 +453,11 @@ def structures() -> dict[str, type[Structure]]:
     return dict(_BY_NAME)
 
 
-def structure_named(name: object, call: str, argument: str = "structure") -> type[Structure]:
-    """The structure of a name; ``argument`` is the argument's name, for the error where there is none."""
+def structure_named(name: object, call: str) -> type[Structure]:
+    """The structure of a name, or an error where there is none."""
     known = structures()
     if not isinstance(name, str) or name not in known:
-        raise InvalidArgumentError(call=call, got=f"{argument}={name!r}", expected=f"one of {list(known)}")
+        raise InvalidArgumentError(call, f"structure={name!r}", f"one of {list(known)}")
     return known[name]
 
 
