@@ -22,7 +22,12 @@ from torch.nn.parameter import is_lazy
 
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.errors import (
-    InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, UnknownParameterError, listed,
+    InvalidArgumentError,
+    InvalidTypeError,
+    ModelError,
+    NonFiniteError,
+    UnknownParameterError,
+    listed,
 )  # fmt: skip
 from fisherkit.wrappers import matching
 

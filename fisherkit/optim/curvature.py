@@ -5,14 +5,9 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-=======
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
->>>>>>> w-upper
 from dataclasses import replace
 from typing import Any
 

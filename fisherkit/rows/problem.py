@@ -45,9 +45,9 @@ LONG = 600.0
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
 """Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
 GRAPH = 1 << 23
-"""Entries of the layer outputs of a pass on a processor: fewer passes are a little faster for some models, but hold more
-memory, and what no cache holds is slow. Where rows are kept that are larger than the layer outputs, `TILE`: putting the
-pieces of a batch together would take longer."""
+"""Entries of the layer outputs of a pass on a processor: fewer passes are a little faster for some models, but hold
+more memory, and what no cache holds is slow. Where rows are kept that are larger than the layer outputs, `TILE`:
+putting the pieces of a batch together would take longer."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
