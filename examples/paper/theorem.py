@@ -25,7 +25,6 @@ from examples.demo.digits import Digits
 from examples.paper.pictures_theorem import draw_theorem
 from examples.paper.task import DAMPING, Task
 from examples.shared.results import Figures, markdown
-from fisherkit.cli.text import number
 from fisherkit.randomness import untouched_rng
 
 METHODS = ("iEF", "EF", "SGD")
@@ -285,7 +284,7 @@ def report(found: Figures) -> str:
 
 
 def _range(pair: tuple[float, float]) -> str:
-    return f"{number(pair[0], 4)} to {number(pair[1], 4)}"
+    return f"{pair[0]:.4g} to {pair[1]:.4g}"
 
 
 def _ending(method: str, found: Figures, examples: int) -> list[str]:
