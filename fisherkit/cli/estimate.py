@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +88,17 @@ class Estimate(ModelOptions):
                 say(f"{self.model}: {named}. Estimating {self.kind}, {self.structure} ...")
             start = time.perf_counter()
             own = data if size == 1 else Share(Source(data).batches, rank, step=size)
-            with _parts_are_told(self.out) if rank == 0 else contextlib.nullcontext():
+            try:
                 found = build_file(
                     self.out, model, own, max_shard_size=self.max_shard_size, overwrite=self.overwrite, **options
-                )  # fmt: skip
+                )
+            except KeyboardInterrupt:
+                if rank == 0 and io.record_of(self.out).exists():
+                    parts, done = io.parts_finished(self.out)
+                    typer.echo(
+                        f"\n{done} of {parts} parts are finished: the same command goes on from there.", err=True
+                    )
+                raise
             if rank == 0:
                 summary = self._summary(found, data, time.perf_counter() - start)
                 typer.echo(json.dumps(summary, ensure_ascii=False) if self.as_json else _as_text(summary))
@@ -143,18 +148,6 @@ class Estimate(ModelOptions):
         if isinstance(data, TextBatches):
             found |= {"texts_at_max_length": data.cut, "max_length": data.max_length}
         return found
-
-
-@contextlib.contextmanager
-def _parts_are_told(path: Path) -> Iterator[None]:
-    """Whoever stops a run in parts is told that it can go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if io.record_of(path).exists():
-            parts, finished = io.parts_finished(path)
-            typer.echo(f"\n{finished} of {parts} parts are finished: the same command goes on from there.", err=True)
-        raise
 
 
 def load_pair(spec: str, call: str) -> tuple[nn.Module, Data]:

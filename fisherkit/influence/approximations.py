@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arguments import check_count, is_integer
@@ -127,27 +127,15 @@ class CompressedQueries:
         products = (unit.products(slot.rows) for unit, slot in zip(self.units, rows.slots, strict=True))
         return functools.reduce(torch.Tensor.add_, products)
 
-    def room(self, queries: int) -> CompressedQueries:
-        """So many of this form, all 0; memory that is taken at once does not fall to pieces."""
-        return self._with(lambda part: part.new_zeros(queries, *part.shape[1:]))
-
     @property
-    def bytes_per_query(self) -> int:
-        """What one query takes."""
-        return sum(part.element_size() * math.prod(part.shape[1:]) for unit in self.units for part in unit.parts)
+    def tensors(self) -> list[Float[Tensor, "Q ..."]]:
+        """All that they are made of."""
+        return [part for unit in self.units for part in unit.parts]
 
-    def put(self, places: Int[Tensor, "q"], others: CompressedQueries) -> None:
-        """Others in the place of some of these."""
-        for mine, theirs in zip(self.units, others.units, strict=True):
-            for whole, part in zip(mine.parts, theirs.parts, strict=True):
-                whole[places] = part
-
-    def first(self, queries: int) -> CompressedQueries:
-        """So many of them."""
-        return self._with(lambda part: part[:queries])
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> CompressedQueries:
-        return CompressedQueries([UnitQueries(tuple(map(change, unit.parts)), unit.layout) for unit in self.units])
+    def of(self, tensors: Iterable[Float[Tensor, "Q ..."]]) -> CompressedQueries:
+        """Others of this form."""
+        own = iter(tensors)
+        return CompressedQueries([UnitQueries(tuple(next(own) for _ in u.parts), u.layout) for u in self.units])
 
 
 def compressed_groups(
@@ -168,13 +156,16 @@ def compressed_groups(
         error = (compressed.products(sample) - exact).norm(dim=0) / exact.norm(dim=0)
         del solution, exact  # not to be held while a group meets the training rows
         if whole is not None and held + block.size > size:
-            yield whole.first(held), errors[:held]
+            yield whole.of(part[:held] for part in whole.tensors), errors[:held]
             whole, held = None, 0
         if whole is None:
-            size = max(block.size, min(count, most_bytes // max(1, compressed.bytes_per_query)))
-            whole, errors = compressed.room(size), error.new_zeros(size)
-        whole.put(held + block.owner, compressed)
-        errors[held + block.owner] = error.nan_to_num(0.0)
+            each = sum(part.element_size() * math.prod(part.shape[1:]) for part in compressed.tensors)
+            size = max(block.size, min(count, most_bytes // max(1, each)))
+            # Memory that is taken at once does not fall to pieces.
+            whole = compressed.of(part.new_zeros(size, *part.shape[1:]) for part in compressed.tensors)
+            errors = error.new_zeros(size)
+        for kept, part in zip((*whole.tensors, errors), (*compressed.tensors, error.nan_to_num(0.0)), strict=True):
+            kept[held + block.owner] = part
         held, count = held + block.size, count - block.size
     if whole is not None:
-        yield whole.first(held), errors[:held]
+        yield whole.of(part[:held] for part in whole.tensors), errors[:held]

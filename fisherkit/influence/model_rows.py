@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,9 @@ class FunctionVectors(OutputRule):
 
     kind_name = "function"
 
-    def __init__(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor | None], Tensor], *, labelled: bool) -> None:
         self.function = function
+        self.needs_targets = labelled  # type: ignore[misc]  # what a class has is an object's own here
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """By automatic differentiation in the outputs."""
@@ -127,12 +128,6 @@ def _shape(outputs: Outputs) -> torch.Size:
     return outputs.shape
 
 
-class UnlabelledFunctionVectors(FunctionVectors):
-    """The same for queries without targets."""
-
-    needs_targets: ClassVar[bool] = False
-
-
 def query_rule(measurement: Measurement, *, labelled: bool) -> OutputRule:
     """The output vectors of a measurement, of queries with targets or without."""
     if isinstance(measurement, str):
@@ -151,7 +146,7 @@ def query_rule(measurement: Measurement, *, labelled: bool) -> OutputRule:
         return names[measurement]()
     if not callable(measurement):
         raise InvalidTypeError("measurement", f"a {type(measurement).__name__}", "a name or a function")
-    return (FunctionVectors if labelled else UnlabelledFunctionVectors)(measurement)
+    return FunctionVectors(measurement, labelled=labelled)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

@@ -66,14 +66,13 @@ class PartsFile:
     ) -> None:  # fmt: skip
         self.path, self._data, self._largest, self._call = path, data, largest, call
         self._settings = {**settings, "max_shard_size": str(largest)}
-        self._known: dict[str, Any] = {} if overwrite and not self._ours() else self._read()
-        self._record = self._known
-
-    def _ours(self) -> bool:
+        self._known: dict[str, Any] = {}
         try:
-            return bool(self._read())
+            self._known = self._read()
         except (InvalidArgumentError, FileFormatError):
-            return False
+            if not overwrite:
+                raise
+        self._record = self._known
 
     def _read(self) -> dict[str, Any]:
         """The record of an interrupted run; empty if there is none."""
