@@ -186,7 +186,7 @@ def test_matrix__of_a_change_that_only_later_examples_meet(way: str, change: str
     kind(net, [(x, Y.repeat(2))], structure=structure)
     x[7:] *= 100
     for data in ([(x, Y.repeat(2))], [(X, Y), (x[6:], Y)], [(x[:3], Y[:3]), *((one[None], Y[:1]) for one in x[6:])]):
-        with pytest.raises(fk.ModelError, match="data, batch .* not linear"):
+        with pytest.raises(fk.ModelError, match=r"data, batch .* not linear"):
             kind(net, data, structure=structure)
 
 
