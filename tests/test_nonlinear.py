@@ -165,6 +165,31 @@ def test_matrix__of_a_function_that_only_a_later_batch_of_a_loop_meets(kind: str
         _ = KINDS[kind](net, [(X, Y), (far, Y)], structure=structure) @ torch.ones(31, dtype=torch.float64)
 
 
+LATE = ["clipped", "clipped far out", "clipped by norm", "sign", "guided", "small ones dropped"]
+
+
+class OfLarge(Net):
+    """The function and the hook are there from the start, and change gradients where some input is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.large = bool(x.detach().abs().amax() > 50)
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac", "diagonal"])
+@pytest.mark.parametrize("change", LATE)
+@pytest.mark.parametrize("way", WAYS)
+def test_matrix__of_a_change_that_only_later_examples_meet(way: str, change: str, structure: str) -> None:
+    kind = list(KINDS.values())[len(way + change) % 3]
+    net = OfLarge(lambda g: CHANGES[change](g) if net.large else g, way)
+    x = torch.cat([X, X])
+    kind(net, [(x, Y.repeat(2))], structure=structure)
+    x[7:] *= 100
+    for data in ([(x, Y.repeat(2))], [(X, Y), (x[6:], Y)], [(x[:3], Y[:3]), *((one[None], Y[:1]) for one in x[6:])]):
+        with pytest.raises(fk.ModelError, match=r"data, batch .* not linear"):
+            kind(net, data, structure=structure)
+
+
 SWITCH = {"on": False}
 
 

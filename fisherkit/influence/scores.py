@@ -124,7 +124,7 @@ class InfluenceScores:
         Args:
             train: one batch or a re-iterable of batches, with targets.
             folder: keep them there, a file a block, instead of in memory. A call that was interrupted, given the same
-                batches, goes on from what it left, to the same bytes; damaged blocks are made again.
+                batches, goes on from what it left, to the same bytes; damaged blocks and eigenvectors are made again.
             by: "token" for calls with ``by="token"``; rows without it are for all others, also ``by="module"``.
             compress: keep of each layer's rows what they have in the leading eigenvectors of its Kronecker factors:
                 those of so many on either side (an integer), or the fewest pairs that have this share of the layer's
@@ -145,8 +145,8 @@ class InfluenceScores:
             DataError: no example, no targets, targets that do not fit, or data whose order is not known to be fixed.
             ModelError: dropout or batch norm in train mode, or weights that have changed since the construction.
             InvalidArgumentError: an unknown ``by``; a bad ``compress``, one that leaves too large an error, or
-                ``most_error`` or ``queries`` without it; the folder holds rows of another model or other data, or
-                cannot be made.
+                ``most_error`` or ``queries`` without it; the folder holds rows of another model or other data, cannot
+                be made, or is not that of the group's first process, nor is the Fisher or λ.
             FileFormatError: the folder's manifest is damaged.
             ProcessError: another process of the group failed.
 

@@ -227,6 +227,14 @@ class Plan(Findings):
             self.tried["linear", seen.custom, seen.hooked] = 1
         return found
 
+    def refuse_nonlinear_here(self, seen: Watched, call: str) -> None:
+        """As `refuse_nonlinear`, by the examples of a batch, where functions and hooks that are known may do otherwise.
+
+        Cost: none where there are neither functions nor hooks of users, else two backward passes.
+        """
+        if names := self.seen_with(seen).nonlinear or nonlinear(self, seen, sums=False):
+            replace(self, nonlinear=names).refuse_nonlinear(call)
+
     def refuse_nonlinear(self, call: str, names: Collection[str] | None = None) -> None:
         """Refuse rows of other vectors, or multiples of vectors, than autograd itself is given.
 
@@ -442,15 +450,17 @@ class _Reference:
         return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
 
 
-def nonlinear(plan: Plan, watched: Watched) -> frozenset[str]:
+def nonlinear(plan: Plan, watched: Watched, *, sums: bool = True) -> frozenset[str]:
     """The parameters whose gradients do not follow a multiple or a sum of output vectors, as clipped ones do not.
 
-    Cost: none where the graph has neither functions nor hooks of users; else five backward passes of the probe.
+    Cost: none where the graph has neither functions nor hooks of users; else five backward passes of what was watched,
+    and two without ``sums``, which functions of the largest entry alone do not follow.
     """
     own, z = plan.parameters, watched.z
     if not (watched.hooked or watched.custom or any(p._backward_hooks for p in own.values())):
         return frozenset()
-    v, w = torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(z)
+    drawn = torch.Generator(z.device).manual_seed(1)
+    v, w = (torch.randn(z.shape, generator=drawn, dtype=at_least_single(z.dtype), device=z.device).to(z) for _ in "vw")
     half = bool({watched.coarsest, z.dtype}.intersection(HALF))  # where small gradients lose their digits
     usual, large, small = (16.0, 64.0, 256.0) if half else (1.0, 2.0**30, 2.0**-30)
 
@@ -460,10 +470,14 @@ def nonlinear(plan: Plan, watched: Watched) -> frozenset[str]:
         overflows = abs(scale) > 1 and not all_finite(*found)  # in half precision that no forward pass shows
         return back(vector, scale / 16) if overflows else found
 
-    one = back(v)
     names: set[str] = set()
-    both = [a + b for a, b in zip(one, back(w), strict=True)]
-    for expected, got in ((both, back(v + w)), (one, back(v, -large)), (one, back(v, small))):
+    if sums:
+        one = back(v)
+        both = [a + b for a, b in zip(one, back(w), strict=True)]
+        pairs = [(both, back(v + w)), (one, back(v, -large)), (one, back(v, small))]
+    else:
+        pairs = [(back(v, small), back(v, -large))]
+    for expected, got in pairs:
         errors = torch.stack([(a - b).norm() for a, b in zip(expected, got, strict=True)])
         norms = torch.stack([a.norm() for a in expected])
         right = errors <= tolerance(z.dtype, plan.coarsest) * torch.maximum(norms, 1e-3 * norms.norm())

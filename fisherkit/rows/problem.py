@@ -531,9 +531,8 @@ class Problem:
         return not gradients or self.company.has_own_gradients(self.plan, batch, start, seen)
 
     def _refuse_nonlinear(self, passes: Sequence[Watched], call: str) -> None:
-        for seen in passes:
-            if (seen.custom or seen.hooked) and not self.kind.along_gradient:
-                self.plan.seen_with(seen).refuse_nonlinear(call)
+        for seen in passes if not self.kind.along_gradient else ():
+            self.plan.refuse_nonlinear_here(seen, call)
 
     def _without_rows(self, linearized: Linearized | OneByOne, outputs: Outputs) -> Rows | None:
         """What sums need of the last layer alone, if they need no rows."""
