@@ -28,7 +28,7 @@ from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import weight_hashes
 from fisherkit.operators import BlockDiagonalOperator, ForwardingOperator, open_file
-from fisherkit.operators.files import FisherFile
+from fisherkit.operators.files import FisherFile, open_together
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, Processes
 from fisherkit.rows.problem import Problem
@@ -353,6 +353,7 @@ def build_file(
     Raises:
         InvalidArgumentError: ``shard=True``; the path cannot be written, or parts of another run are there.
         DataError: data that change between passes, or since the interrupted run.
+        ProcessError: another file is at the path of some process than at the first one's.
         FisherkitError: as `FisherApproximation`.
     """
     call = "build_file"
@@ -395,7 +396,8 @@ def build_file(
             built.operator.save(path, max_shard_size=max_shard_size)
 
     parts.first(finish)
-    return open_file(path)
+    processes = builder.processes
+    return open_file(path) if processes is None else open_together(path, processes, call)
 
 
 def _asked(

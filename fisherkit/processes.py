@@ -152,8 +152,15 @@ class Processes:
 
     def require_same(self, call: str, values: Mapping[str, object]) -> None:
         """Refuse to go on where processes differ in something that all must have alike."""
-        everyone = self.gathered({name: str(value) for name, value in values.items()})
-        for name in values:
+        self.refuse_different(call, self.gathered({name: str(value) for name, value in values.items()}))
+
+    def refuse_different(self, call: str, everyone: Sequence[Mapping[str, str]]) -> None:
+        """As `require_same`, of what has been gathered.
+
+        Raises:
+            ProcessError: in all of them.
+        """
+        for name in everyone[0]:
             others = {rank: one[name] for rank, one in enumerate(everyone) if one[name] != everyone[0][name]}
             if others:
                 got = "; ".join(f"rank {rank}: {text[:200]}" for rank, text in list(others.items())[:3])

@@ -231,6 +231,14 @@ def in_processes(rank: int, size: int, folder: str) -> str:
         fk.build_file(f"{folder}/f", network(), own, "ef", **options, shard=True)
     fk.build_file(f"{folder}/f", network(), own, "ef", **options)
     assert done.stat().st_mtime_ns == before
+    # A file of before, of other data, where the second process looks for it.
+    if rank:
+        fk.build_file(f"{folder}/other/old", network(), DATA[:2], "ef", **options, group=False)
+    path = f"{folder}/other/{'old' if rank else 'new'}"
+    with pytest.raises(fk.ProcessError, match=r"build_file: got another file|build_file: got an error in rank 1"):
+        fk.build_file(path, network(), own, "ef", **options)
+    for file in Path(folder, "other").glob("old*" if rank else "new*"):
+        file.unlink()
     return "done"
 
 

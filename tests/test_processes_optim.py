@@ -1,6 +1,7 @@
 """Optimizers of several processes: checkpoints, parameters that some processes do not use, and nothing that drifts."""
 
 import copy
+import functools
 import tempfile
 import warnings
 from typing import Any
@@ -113,12 +114,52 @@ def experts(rank: int, size: int) -> dict[str, float]:
     return found
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "kind": {"kind": "ef"}, "damping": {"damping": 0.2}, "structure": {"structure": "ekfac"}, "ema": {"ema": 0.9},
+    "update_every": {"update_every": 2}, "refresh_every": {"refresh_every": 2}, "reduction": {"reduction": "sum"},
+    "kfac_positions": {"kfac_positions": "reduce"}, "max_rank": {"max_rank": 2}, "trust_region": {"trust_region": 1.0},
+    "likelihood": {"likelihood": fk.likelihoods.Categorical(label_smoothing=0.1)},
+}  # fmt: skip
+"""What the second process asks for otherwise; then each of the optimizers must refuse a step."""
+
+
+def differing(rank: int, size: int) -> dict[str, bool]:
+    """Whether all processes refuse, by name, and change nothing."""
+    warnings.simplefilter("ignore")
+    found, (x, y) = {}, next(iter(batches_of(rank, size)))
+    makers: tuple[Any, ...] = (functools.partial(fk.optim.NaturalGradient, lr=0.1), fk.optim.Preconditioner)
+    for make in makers:
+        for name, other in {
+            **OTHERS,
+            "number of steps": {},
+            **({"lr": {"lr": 0.2}} if make is makers[0] else {}),
+        }.items():
+            inner = network()
+            model, before = DistributedDataParallel(inner), flat(inner)
+            options = {"kind": "ief", "damping": 0.1, "structure": "kfac", "ema": 0.5, **(other if rank else {})}
+            optimizer = make(model, **options)
+            if name == "number of steps" and rank:
+                alone = network()
+                single = make(alone, group=False, **options)
+                nn.functional.cross_entropy(alone(x), y).backward()
+                single.step()
+                optimizer.load_state_dict(single.state_dict())
+            smoothing = 0.1 if name == "likelihood" and rank else 0.0
+            nn.functional.cross_entropy(model(x), y, label_smoothing=smoothing).backward()
+            state = str(optimizer.state_dict())
+            with pytest.raises(fk.ProcessError) as caught:
+                optimizer.step()
+            alike = torch.equal(flat(inner), before) and str(optimizer.state_dict()) == state
+            found[f"{make}: {name}"] = alike and f"another {name}" in str(caught.value)
+    return found
+
+
 def everything(rank: int, size: int, folder: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     ends = saved(rank, size, folder)
     again = go_on(rank, size, folder)
     bits = {name: bool(torch.equal(ends[name], again[name])) for name in OPTIONS}
-    return {"ends": ends, "bits": bits, "experts": experts(rank, size)}
+    return {"ends": ends, "bits": bits, "experts": experts(rank, size), "differing": differing(rank, size)}
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +189,9 @@ def test_checkpoint__is_gone_on_with_in_one_process(found: Any, name: str) -> No
 
 def test_expert__that_one_process_alone_uses(found: Any) -> None:
     assert max(error for one in found[0] for error in one["experts"].values()) < 1e-10
+
+
+def test_settings__that_differ_between_processes_are_refused(found: Any) -> None:
+    for one in found[0]:
+        assert [name for name, refused in one["differing"].items() if not refused] == []
+        assert len(one["differing"]) == 2 * len(OTHERS) + 3

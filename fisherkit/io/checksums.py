@@ -63,6 +63,11 @@ class Checksums:
         """Whether there are checksums."""
         return self._tensors is not None
 
+    @property
+    def known(self) -> Mapping[str, Written] | None:
+        """What each tensor was when it was written."""
+        return self._tensors
+
     def rows_around(self, name: str, start: int, stop: int) -> tuple[int, int]:
         """The rows of a tensor along its first axis that must be read to compare those from start to stop."""
         if self._tensors is None or (width := self._tensors[name].row_bytes) == 0:

@@ -53,9 +53,20 @@ def load(
     return operator
 
 
-def _shared_out(path: str | Path, device: torch.device, processes: Processes, call: str) -> ShardedOperator:
+def open_together(
+    path: str | Path, processes: Processes, call: str, device: torch.device | str = "cpu"
+) -> FisherFile:  # fmt: skip
+    """A file that all of some processes open, each by its own path; other files in some of them are refused."""
     file = processes.each(call, lambda: open_file(path, device=device))
-    processes.require_same(call, {"file": (file.space, file.header.root, file.metadata)})
+    header = file.header
+    processes.require_same(
+        call, {"file": (file.space, header.root, file.metadata), "checksums of the file": header.checksums.known}
+    )
+    return file
+
+
+def _shared_out(path: str | Path, device: torch.device, processes: Processes, call: str) -> ShardedOperator:
+    file = open_together(path, processes, call, device)
     owner = processes.owners({names: file.space.restrict(names).size for names in file.blocks})
     blocks = processes.each(
         call, lambda: {names: file.read(names) for names, rank in owner.items() if rank == processes.rank}

@@ -147,12 +147,32 @@ class Curvature:
                 "Try: a smaller learning rate, a larger damping, or trust_region=."
             )
 
-    def finite(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Whether gradients are finite, with one wait for the device for all that a step needs."""
+    def finite(self, gradients: Mapping[str, Tensor], settings: Mapping[str, object]) -> bool:
+        """Whether gradients are finite, with one wait for the device for all that a step needs.
+
+        Several processes must have ``settings`` alike, and all that decides about the Fisher.
+        """
         if self.processes is None:
             return self._finite(gradients)
-        own = self.processes.each(f"{self.call}.step", lambda: self._finite(gradients))
-        return all(self.processes.gathered(own))
+        call = f"{self.call}.step"
+        own = self.processes.each(call, lambda: self._finite(gradients))
+        told = {name: str(value) for name, value in {**self._settings, **settings}.items()}
+        everyones = self.processes.gathered((own, told))
+        self.processes.refuse_different(call, [told for _, told in everyones])
+        return all(own for own, _ in everyones)
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        """What decides about the Fisher, and where its schedule stands."""
+        averages, rule = self.averages, self.rule
+        return {
+            "kind": (rule.kind_name, rule.kind_options()), "structure": self.structure, "gram_damping": self.gram,
+            "likelihood": self.capture.likelihood.recorded, "reduction": self.reduction, "ema": averages.ema,
+            "update_every": self.update_every, "refresh_every": averages.refresh_every, "momentum": self.momentum,
+            "kfac_positions": "reduce" if averages.settings["reduce"] else "expand",
+            "max_rank": averages.settings["max_rank"],
+            "number of steps": self.steps, "number of updates": averages.updates,
+        }  # fmt: skip
 
     def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
         chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []

@@ -164,7 +164,13 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
         damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
         with without_autocast(), self._curvature.explaining():  # the closure above is the user's own
-            if not self._curvature.finite(gradients):
+            settings = {
+                f"{name} of group {i}": value
+                for i, group in enumerate(self.param_groups)
+                for name, value in group.items()
+                if name in _OF_ONE | _OF_ALL
+            }
+            if not self._curvature.finite(gradients, settings):
                 bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
                 raise NonFiniteError(
                     call=f"{CALL}.step", got=f"gradients with NaN or infinite entries of {bad}",

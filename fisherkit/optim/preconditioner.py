@@ -159,7 +159,8 @@ class Preconditioner(Watching):
         if not gradients:
             return
         with curvature.explaining():
-            if not curvature.finite(gradients):
+            settings = {"damping": self.damping, "trust_region": self.trust_region, "layer_rms": self.layer_rms}
+            if not curvature.finite(gradients, settings):
                 curvature.say_if_diverged(own)
                 curvature.capture.forget()
                 return
