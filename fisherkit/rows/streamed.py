@@ -79,7 +79,6 @@ class StreamedRows(RowSource):
 
     @property
     def count(self) -> int:
-        """R."""
         return self.tally.rows
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -169,7 +168,6 @@ class LaterRows(StreamedRows):
         return self.make(self) if columns is None or columns > self.left else self
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        """JᵀJ U in one pass."""
         found = super().product(u)
         self.left -= u.shape[1]
         return found

@@ -426,7 +426,6 @@ class LayerStructure(Structure):
         return self.record(slot.rows)
 
     def empty(self, problem: Problem | None = None) -> LayerSums:
-        """No unit yet."""
         return LayerSums(self)
 
     def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
@@ -440,7 +439,6 @@ class LayerStructure(Structure):
             return packed(unit.operator(self.space.restrict(names), scale), self.kept)
 
     def parts(self, sums: LayerSums, operator: Any) -> Parts:
-        """The blocks."""
         units = zip(sums.whole.items(), operator.blocks, strict=True)
         return {names: Part.of(block, unit.label, unit.reason) for (names, unit), block in units}
 
