@@ -88,7 +88,7 @@ def test_methods__have_a_docstring_of_their_own_or_that_of_the_contract() -> Non
         module = importlib.import_module(f"fisherkit.{path.parent.name}.{path.stem}".removesuffix(".__init__"))
         for cls in (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__):
             for name, member in vars(cls).items():
-                own = inspect.isfunction(member) and member.__name__ == name  # a default of a field may be a function too
+                own = inspect.isfunction(member) and member.__name__ == name  # not a field's default
                 method = own or isinstance(member, (property, classmethod, staticmethod))
                 if method and not name.startswith("_") and not inspect.getdoc(getattr(cls, name)):
                     missing.append(f"{cls.__qualname__}.{name}")

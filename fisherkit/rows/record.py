@@ -20,9 +20,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from fisherkit.data import map_tensors
 from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
-from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
+from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather
 from fisherkit.rows.differentiable import version_of
 from fisherkit.rows.ownership import coarser
 from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, drops_out, unrolled
@@ -427,8 +428,8 @@ class Recorder(TorchFunctionMode):
                 copy = tensor.reshape(shape).expand(*shape[:at], size, *shape[at + 1 :])
                 self._copy(tensor, copy, Axis(0) if axis is None else axis)
                 copies[id(tensor)] = copy
-        args, kwargs = mapped((args, dict(kwargs)), lambda tensor: copies.get(id(tensor), tensor))
-        return args, kwargs
+        found: tuple[Any, Any] = map_tensors((args, kwargs), lambda tensor: copies.get(id(tensor), tensor))
+        return found
 
 
 def _named(made: Derived | None, *, turned: bool = False) -> str | Derived | None:

@@ -361,12 +361,11 @@ BATCH_NORM = NormalizationRule(
 EMBEDDING = EmbeddingRule("embedding", "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse")
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: LinearRule("linear", "input weight bias"),
-    F.conv1d: ConvolutionRule("conv1d", _CONV),
-    F.conv2d: ConvolutionRule("conv2d", _CONV),
-    F.conv3d: ConvolutionRule("conv3d", _CONV),
-    F.conv_transpose1d: TransposedConvolutionRule("conv_transpose1d", _CONV_TRANSPOSE),
-    F.conv_transpose2d: TransposedConvolutionRule("conv_transpose2d", _CONV_TRANSPOSE),
-    F.conv_transpose3d: TransposedConvolutionRule("conv_transpose3d", _CONV_TRANSPOSE),
+    **{getattr(F, f"conv{n}d"): ConvolutionRule(f"conv{n}d", _CONV) for n in (1, 2, 3)},
+    **{
+        getattr(F, f"conv_transpose{n}d"): TransposedConvolutionRule(f"conv_transpose{n}d", _CONV_TRANSPOSE)
+        for n in (1, 2, 3)
+    },
     F.embedding: EMBEDDING,
     F.layer_norm: NormalizationRule("layer_norm", _LAYER_NORM, F.layer_norm, channels_second=False),
     F.rms_norm: NormalizationRule("rms_norm", "input normalized_shape weight eps", F.rms_norm, channels_second=False),

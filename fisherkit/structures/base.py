@@ -451,11 +451,11 @@ def structures() -> dict[str, type[Structure]]:
     return dict(_BY_NAME)
 
 
-def structure_named(name: object, call: str, argument: str = "structure") -> type[Structure]:
-    """The structure of a name; ``argument`` is the argument's name, for the error where there is none."""
+def structure_named(name: object, call: str) -> type[Structure]:
+    """The structure of a name."""
     known = structures()
     if not isinstance(name, str) or name not in known:
-        raise InvalidArgumentError(call=call, got=f"{argument}={name!r}", expected=f"one of {list(known)}")
+        raise InvalidArgumentError(call=call, got=f"structure={name!r}", expected=f"one of {list(known)}")
     return known[name]
 
 
