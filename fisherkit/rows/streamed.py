@@ -235,11 +235,12 @@ def matrix_free(problem: Problem) -> bool:
     # derivatives do not know of hooks.
     if problem.vectors_per_example <= FEW_VECTORS or plan.example_parameter.dtype in HALF or plan.probe.hooked:
         return False
-    if "matrix-free" not in plan.tried:
+
+    def find() -> bool:
         probe, rows = problem.probe_rows()
-        agrees = not _is_uneven(plan, probe.watched) and _agrees(plan, plan.space, lambda v, u: rows(v).product(u))
-        plan.tried["matrix-free"] = agrees
-    return bool(plan.tried["matrix-free"])
+        return not _is_uneven(plan, probe.watched) and _agrees(plan, plan.space, lambda v, u: rows(v).product(u))
+
+    return bool(plan.tried.answer("matrix-free", find))
 
 
 def matrix_free_product(
