@@ -153,13 +153,15 @@ class Batch:
         axes = {i: leaf.ndim > 0 and leaf.shape[0] == sizes[0] for i, leaf in enumerate(leaves)}
         return cls(args, kwargs, None, sizes[0], axes)
 
-    def _map_batched(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        number = itertools.count()
+    def _mapped(self, function: Callable[[Tensor], Tensor], **changes: Any) -> Batch:
+        """With a function of every input in its place, and other changes."""
+        args, kwargs = map_tensors((self.args, self.kwargs), function)
+        return dataclasses.replace(self, args=args, kwargs=kwargs, **changes)
 
-        def one(leaf: Tensor) -> Tensor:
-            return function(leaf) if self.axes[next(number)] else leaf
-
-        return _map_tensors(self.args, one), _map_tensors(self.kwargs, one)
+    def _map_batched(self, function: Callable[[Tensor], Tensor], **changes: Any) -> Batch:
+        """The same of the inputs that have the batch axis."""
+        has = iter(self.axes.values())
+        return self._mapped(lambda leaf: function(leaf) if next(has) else leaf, **changes)
 
     @property
     def raw(self) -> tuple[Any, Tensor | None]:
@@ -187,8 +189,7 @@ class Batch:
         if isinstance(index, slice) and count == self.size and (index.step or 1) > 0:
             return self
         targets = None if self.targets is None else self.targets[index]
-        args, kwargs = self._map_batched(lambda tensor: tensor[index])
-        return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets, size=count)
+        return self._map_batched(lambda tensor: tensor[index], targets=targets, size=count)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -198,9 +199,7 @@ class Batch:
 
         if all(leaf.device == device for leaf in (*self.inputs, *([] if self.targets is None else [self.targets]))):
             return self
-        targets = None if self.targets is None else move(self.targets)
-        args, kwargs = _map_tensors(self.args, move), _map_tensors(self.kwargs, move)
-        return dataclasses.replace(self, args=args, kwargs=kwargs, targets=targets)
+        return self._mapped(move, targets=None if self.targets is None else move(self.targets))
 
     def aligned(self, model: nn.Module, z: Tensor, *, shift: bool, ignore_index: int) -> Batch:
         """Labels beside the outputs z that they belong to.
@@ -230,8 +229,7 @@ class Batch:
 
         def rebuild(replacements: list[Tensor]) -> Batch:
             pending = iter(replacements)
-
-            return Batch(*self._map_batched(lambda _: next(pending)), None, replacements[0].shape[0], self.axes)
+            return self._map_batched(lambda _: next(pending), targets=None, size=replacements[0].shape[0])
 
         return self.batched, rebuild
 
@@ -246,17 +244,11 @@ class Batch:
 
     def fresh(self) -> Batch:
         """With copies of the inputs: layers work in place, rows keep layers' inputs, and callers refill them."""
-        args, kwargs = _map_tensors(self.args, Tensor.clone), _map_tensors(self.kwargs, Tensor.clone)
-        return Batch(args, kwargs, self.targets, self.size, self.axes, self.place)
+        return self._mapped(Tensor.clone)
 
     def detached(self) -> Batch:
         """As `fresh`, without the graphs that inputs are made of."""
-
-        def one(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-        args, kwargs = _map_tensors(self.args, one), _map_tensors(self.kwargs, one)
-        return dataclasses.replace(self, args=args, kwargs=kwargs)
+        return self._mapped(lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
 
     def handed(self, model: Callable[..., Any]) -> Tensor:
         """As `call`, for a batch that the model may write to."""
@@ -610,8 +602,8 @@ def _map_ends(tree: Any, function: Callable[[Any], Any]) -> Any:
     return function(tree)
 
 
-def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A function of every tensor; all else as it is."""
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A function of every tensor in nested arguments; all else as it is."""
     return _map_ends(tree, lambda value: function(value) if isinstance(value, Tensor) else value)
 
 

@@ -1,6 +1,8 @@
 """The package's inner order: operators are asked what they can, not what they are, and imports go down only."""
 
 import ast
+import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,3 +80,16 @@ def test_forwarding__forgets_no_hook() -> None:
     overridden = {name for cls in structures for name in vars(cls) if name in vars(FisherOperator)}
     own = {name for name in overridden if not name.startswith("__")} - {"tag", "other_tags", "_from_state", "_abc_impl"}
     assert own <= set(HOOKS)
+
+
+def test_methods__have_a_docstring_of_their_own_or_that_of_the_contract() -> None:
+    missing = []
+    for path in (file for folder in ("rows", "structures") for file in (PACKAGE / folder).glob("*.py")):
+        module = importlib.import_module(f"fisherkit.{path.parent.name}.{path.stem}".removesuffix(".__init__"))
+        for cls in (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__):
+            for name, member in vars(cls).items():
+                own = inspect.isfunction(member) and member.__name__ == name  # not a field's default
+                method = own or isinstance(member, (property, classmethod, staticmethod))
+                if method and not name.startswith("_") and not inspect.getdoc(getattr(cls, name)):
+                    missing.append(f"{cls.__qualname__}.{name}")
+    assert not missing

@@ -271,23 +271,18 @@ class IterativeFactorization(Factorization):
         damping: λ.
         tolerance: relative residual at which to stop.
         max_steps: at most this many products.
-        preconditioner: makes an approximate inverse of F + λI from λ; by default the operator's own.
     """
 
     method = "conjugate_gradient"
 
-    def __init__(
-        self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None,
-        preconditioner: Callable[[float], MatMat | None] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, operator: FisherOperator, damping: float, tolerance: float, max_steps: int | None) -> None:
         super().__init__(operator, damping)
         self.tolerance, self.max_steps = tolerance, max_steps
-        self._make = preconditioner or operator._approximate_inverse
 
     @cached_property
     def preconditioner(self) -> MatMat | None:
-        """The approximate inverse; it may take a pass over the data, so it is not made before it is needed."""
-        return self._make(self.damping)
+        """The operator's approximate inverse, made when it is needed: that may take a pass over the data."""
+        return self.operator._approximate_inverse(self.damping)
 
     def _solve(self, columns: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         return self._solve_with_info(columns)[0]

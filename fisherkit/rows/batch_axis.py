@@ -70,10 +70,10 @@ class Call(NamedTuple):
         """The operands that have a batch axis, indices and masks among them."""
         return [(tensor, status) for tensor, status in self.operands if isinstance(status, Axis)]
 
-    def only(self, place: int = 0) -> tuple[Tensor, Axis] | None:
-        """The operand at a place, if it is the only one with a batch axis."""
+    def only(self) -> tuple[Tensor, Axis] | None:
+        """The first argument, if it is the only operand with a batch axis."""
         tagged = self.tagged
-        return tagged[0] if len(tagged) == 1 and len(self.args) > place and tagged[0][0] is self.args[place] else None
+        return tagged[0] if len(tagged) == 1 and self.args and tagged[0][0] is self.args[0] else None
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
         """An argument by its place or name, as PyTorch or NumPy spells it."""

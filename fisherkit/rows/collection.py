@@ -95,7 +95,6 @@ class Rows(RowSource):
 
     @property
     def count(self) -> int:
-        """R."""
         return self.slots[0].rows.count
 
     def _whole(self, parts: Iterable[Tensor]) -> Float[Tensor, "D ..."]:
@@ -108,7 +107,6 @@ class Rows(RowSource):
         return whole
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
-        """J U."""
         return functools.reduce(torch.add, (part for _, part in self.matmul_by_unit(u)))
 
     def matmul_by_unit(self, u: Float[Tensor, "D K"]) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "R K"]]]:
@@ -117,7 +115,6 @@ class Rows(RowSource):
             yield slot.names, slot.rows.matmul(self.space.take(u, slot.names))
 
     def rmatmul(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "D K"]:
-        """Jᵀ W."""
         places = [self.space.span(slot.names) for slot in self.slots]
         if None in places:
             return self._whole(slot.rows.rmatmul(w) for slot in self.slots)
@@ -127,7 +124,6 @@ class Rows(RowSource):
         return whole
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        """JᵀJ U."""
         return self.rmatmul(self.matmul(u))
 
     def cross_gram(self, other: Rows, precise: bool = True) -> Float[Tensor, "R S"]:
@@ -151,7 +147,6 @@ class Rows(RowSource):
         return gram.add_(gram.mT.clone()).mul_(0.5)
 
     def squared_sum(self) -> Float[Tensor, "D"]:
-        """Diag JᵀJ."""
         return self._whole(slot.rows.squared_sum() for slot in self.slots)
 
     def weighted_squares(self, weights: Float[Tensor, "D"]) -> Float[Tensor, "R"]:
@@ -172,7 +167,6 @@ class Rows(RowSource):
         return Rows(self.space, slots)
 
     def normal_matrix(self) -> Float[Tensor, "D D"]:
-        """JᵀJ."""
         rows = self.dense().double()
         return rows.mT @ rows
 

@@ -21,19 +21,19 @@ from fisherkit.rows.watched import Watched
 
 @dataclass
 class Company:
-    """What has been compared of a model's batches.
+    """What has been compared of a model's batches: outputs, and whether gradients were examples' own.
 
     In its methods, ``place`` is that of a batch in data which are read again and again; None where each is met once.
     """
 
-    _compared: dict[Hashable, int] = field(default_factory=dict)
+    _compared: set[Hashable] = field(default_factory=set)
+    _own: dict[Hashable, bool] = field(default_factory=dict)
 
     def is_due(self, plan: Plan, size: int, place: int | None, seen: Watched) -> bool:
         """Whether a batch is to be compared, or its gradients."""
         noted, keys, _ = self._outputs(plan, size, place, seen)
-        asked = seen.own_gradients or ("numbers", seen.numbers) not in plan.tried
         kept, key = self._gradients(size, place, seen)
-        return size > 1 and (not keys <= noted.keys() or (asked and key not in kept))
+        return size > 1 and (not keys <= noted or (self._asks(plan, seen) and key not in kept))
 
     def refuse_influence(self, plan: Plan, batch: Batch, place: int | None, seen: Watched, call: str) -> None:
         """Refuse a batch in which examples have other outputs than in other company.
@@ -51,9 +51,9 @@ class Company:
         what becomes of its examples, as in experts with a capacity.
         """
         noted, keys, parts = self._outputs(plan, batch.size, place, seen)
-        if batch.size > 1 and not keys <= noted.keys():
+        if batch.size > 1 and not keys <= noted:
             (_require_alike_in_parts if parts else _compare_two)(plan, batch, seen, call)
-            noted.update(dict.fromkeys(keys, True))
+            noted.update(keys)
 
     def has_own_gradients(self, plan: Plan, batch: Batch, place: int | None, seen: Watched) -> bool:
         """Whether gradients in a batch are its examples' own, where hooks or functions of users may make others.
@@ -63,29 +63,34 @@ class Company:
         Cost: none where there are none, else a forward and two backward passes of a batch of each size, and one forward
         pass more where the batch's own has led to other leaves than the parameters.
         """
-        if batch.size == 1 or not (seen.own_gradients or ("numbers", seen.numbers) not in plan.tried):
+        if batch.size == 1 or not self._asks(plan, seen):
             return True
         kept, key = self._gradients(batch.size, place, seen)
         if key not in kept:
             kept[key] = _has_own_gradients(plan, batch, seen)
         if kept[key]:
-            plan.tried["numbers", seen.numbers] = 1
-        return bool(kept[key])
+            plan.tried.seen.add(("numbers", seen.numbers))
+        return kept[key]
+
+    @staticmethod
+    def _asks(plan: Plan, seen: Watched) -> bool:
+        """Whether gradients in a batch may be others than its examples' own."""
+        return seen.own_gradients or ("numbers", seen.numbers) not in plan.tried.seen
 
     def _outputs(
         self, plan: Plan, size: int, place: int | None, seen: Watched
-    ) -> tuple[dict[Hashable, int], set[Hashable], bool]:
+    ) -> tuple[set[Hashable], set[Hashable], bool]:
         """Where it is noted that outputs were compared, under which keys, and whether all of a batch have to be."""
         content = seen.by_content
         if content or not seen.proven:
-            return {} if content and place is None else self._compared, {(place if content else 0, size)}, True
+            return set() if content and place is None else self._compared, {(place if content else 0, size)}, True
         told, alike = ("told", seen.read), ("company", size, seen.numbers)
-        parts = bool(seen.read) and told not in plan.tried
-        return plan.tried, {alike, told} if parts else {alike}, parts
+        parts = bool(seen.read) and told not in plan.tried.seen
+        return plan.tried.seen, {alike, told} if parts else {alike}, parts
 
-    def _gradients(self, size: int, place: int | None, seen: Watched) -> tuple[dict[Hashable, int], Hashable]:
+    def _gradients(self, size: int, place: int | None, seen: Watched) -> tuple[dict[Hashable, bool], Hashable]:
         """Where it is noted that gradients were compared, and under which key."""
-        return {} if seen.decided and place is None else self._compared, ("gradients", size, seen.decided and place)
+        return {} if seen.decided and place is None else self._own, (size, seen.decided and place)
 
 
 def _compare_two(plan: Plan, batch: Batch, seen: Watched, call: str) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit.arithmetic import HALF
+from fisherkit.data import map_tensors
 from fisherkit.rows.base import spans
 from fisherkit.rows.batch_axis import is_permutation, tensors
 from fisherkit.rows.differentiable import scales
@@ -149,7 +150,7 @@ class Derivations:
 
         @functools.cache
         def call() -> list[Tensor]:
-            leading, named = mapped((args, dict(kwargs)), stand_in)
+            leading, named = map_tensors((args, kwargs), stand_in)
             leading = (leading[0].clone(), *leading[1:]) if written else leading
             return tensors(function(*leading, **named))
 
@@ -164,17 +165,6 @@ class Derivations:
                 if layout is None and not (slices is not None and is_gather(function, args)):
                     _ = made.tensor  # now, before anything that it is made of may change in place
                 self._known[id(tensor)] = tensor, made
-
-
-def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Arguments with their tensors changed."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, (tuple, list)) and tensors(tree):
-        return type(tree)(mapped(entry, change) for entry in tree)
-    if isinstance(tree, Mapping):
-        return {name: mapped(entry, change) for name, entry in tree.items()}
-    return tree
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -157,7 +157,6 @@ class FactoredRows(UnitRows):
         return (self.gradients[:, 0].square() * self._to_rows(inner)).sum(1)
 
     def dense(self) -> Float[Tensor, "R d"]:
-        """The rows in flat order."""
         size = self.outputs * self.inputs
         rows = self.gradients.new_empty(self.count, self.size)
         self._write(rows[:, :size], slice(0, self.outputs), transposed=self.transposed)
@@ -205,11 +204,9 @@ class FactoredRows(UnitRows):
 
     @property
     def inner_cost(self) -> int:
-        """Multiplications of one inner product of two rows."""
         return self.inputs + self.outputs if self.positions == 1 else self.size
 
     def product_cost(self, columns: int) -> int:
-        """Multiplications of one row with so many columns."""
         return self.size * (self.positions + columns if self.writes_out(columns) else self.positions * columns)
 
     @property
@@ -329,7 +326,6 @@ class FactoredRows(UnitRows):
         return FactoredRows(a, gradients, example, bias=self.bias, transposed=self.transposed)
 
     def scaled(self, scale: float) -> FactoredRows:
-        """Every row times a number."""
         return self._with(self.gradients * scale, self.example)
 
     def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> FactoredRows:
@@ -354,7 +350,6 @@ class FactoredRows(UnitRows):
         return self._with(g, example, a)
 
     def double(self) -> FactoredRows:
-        """The rows in float64."""
         return self._with(self.gradients.double(), self.example, self.activations.double())
 
     @classmethod
@@ -396,11 +391,9 @@ class FactoredRows(UnitRows):
         return sum(t.numel() * t.element_size() for t in self.numbers)
 
     def options(self) -> dict[str, int]:
-        """Bias and orientation."""
         return {"bias": int(self.bias), "transposed": int(self.transposed)}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> FactoredRows:
-        """Back from a file."""
         given = (tensors.get(name) for name in ("activations", "gradients", "example"))
         return cls(*given, **{name: bool(options[name]) for name in ("bias", "transposed")})  # type: ignore[arg-type]

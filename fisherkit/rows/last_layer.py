@@ -92,7 +92,6 @@ class LastLayerRows(FactoredRows):
         return (self.floating,)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The layer's inputs."""
         return {"activations": self.floating}
 
 

@@ -153,7 +153,8 @@ class Linearized:
         heard = {name for use, g in pairs if g is not None for name in use.names}
         asked = silent - heard - self.unruled
         if asked and self._spent:
-            self.plan.tried["silent"], self.untold = 1, True
+            self.untold = True
+            self.plan.tried.seen.add("silent")
         reached = asked if self.untold else self._reached({name: self.plan.parameters[name] for name in asked})
         self.unruled.update(name for unit in self.plan.ruled if reached.intersection(unit.names) for name in unit.names)
 
@@ -265,7 +266,8 @@ class Linearized:
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
         half = self.watched.coarsest in HALF or self.z.dtype in HALF
         # Of half precision and of units without a rule more may be asked; and once a layer was silent, whether it is.
-        self._spent = last and not (half or self.plan.generic or "silent" in self.plan.tried) and self.watched.regular
+        more = half or bool(self.plan.generic) or "silent" in self.plan.tried.seen
+        self._spent = last and not more and self.watched.regular
         for scale in scales(v) if half else (None,):
             own = (v if scale is None else v / scale.reshape(*v.shape[:2], *[1] * (v.ndim - 2))).to(self.z.dtype)
             arrived, generic = self._back(own) if known is None else (known.gradients, self._generic(own))
@@ -277,9 +279,7 @@ class Linearized:
     @property
     def batched(self) -> bool:
         """Whether several vectors can go through one vectorised backward pass; tried once a plan."""
-        if "batched" not in self.plan.tried:
-            self.plan.tried["batched"] = self._batched_agrees()
-        return bool(self.plan.tried["batched"])
+        return bool(self.plan.tried.answer("batched", self._batched_agrees))
 
     def _batched_agrees(self) -> bool:
         """Tried with two, checked with one."""

@@ -63,6 +63,28 @@ class Probe:
         return self._first.take(two_of(self._first, self._alone))
 
 
+@dataclass
+class Tried:
+    """What is found out about a model when it is first needed.
+
+    Attributes:
+        answers: to "batched" and "matrix-free", yes or no; the "positions" that are examples of their own; inputs of a
+            "last layer" that is the only one, or of a "head" above others, whose sums are known, 0 for none.
+        vectors: of each kind, how many an example has, and how many positions the outputs have.
+        seen: what is not looked for again: "not shown", "silent", and a word with what was met, as "company" of a size.
+    """
+
+    answers: dict[str, int] = field(default_factory=dict)
+    vectors: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
+    seen: set[Hashable] = field(default_factory=set)
+
+    def answer(self, question: str, find: Callable[[], int]) -> int:
+        """What is found out when it is first asked."""
+        if question not in self.answers:
+            self.answers[question] = find()
+        return self.answers[question]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Findings:
     """What is found out about a model: how rows of some of its parameters are made. Holds no tensor and no model.
@@ -79,7 +101,7 @@ class Findings:
         custom: names of the autograd functions written in Python in their graph, which may forbid what was tried.
         draws: whether a pass draws random numbers, of which no output was seen to depend.
         nonlinear: parameters whose gradients are not linear in those at the outputs.
-        tried: a cache, which all that have these findings share, of what is found out when it is first needed.
+        tried: what else is found out later, which all that have these findings share.
     """
 
     units: tuple[Unit, ...] = ()
@@ -93,7 +115,7 @@ class Findings:
     custom: frozenset[str] = frozenset()
     draws: bool = False
     nonlinear: frozenset[str] = frozenset()
-    tried: dict[Hashable, int] = field(default_factory=dict)
+    tried: Tried = field(default_factory=Tried)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,17 +177,19 @@ class Plan(Findings):
 
     def restricted(self, names: Collection[str]) -> Plan:
         """The same for the parameters of some of the units alone, with those that are used beside them."""
-        space = self.space.restrict(names)
+        space, tried = self.space.restrict(names), self.tried
         return replace(
             self, space=space, parameters={name: self.parameters[name] for name in space.names},
             versions={name: self.versions[name] for name in space.names}, unused=self.unused.intersection(space.names),
             units=tuple(unit for unit in self.units if unit.names[0] in space.names),
-            tried=self.tried | {"last layer": 0},  # by rows, as beside other layers
+            # By rows, as beside other layers.
+            tried=Tried({**tried.answers, "last layer": 0}, dict(tried.vectors), set(tried.seen)),
         )  # fmt: skip
 
     def revised(self, part: Plan) -> Plan:
         """With what a later batch has shown of some units' parameters, as `restricted` made a plan of them."""
-        self.tried.update({key: part.tried[key] for key in ("positions", "silent") if key in part.tried})
+        self.tried.answers.update({key: n for key, n in part.tried.answers.items() if key == "positions"})
+        self.tried.seen.update(part.tried.seen & {"silent"})
         own = set(part.space.names)
         units = [unit for unit in self.units if unit.names[0] not in own]
         changed = replace(
@@ -220,11 +244,12 @@ class Plan(Findings):
     def seen_with(self, seen: Watched) -> Plan:
         """With what users' functions and hooks in a later batch, which two examples did not meet, make of gradients."""
         new = seen.custom - self.custom or (seen.hooked and not self.probe.hooked)
-        if not new or ("linear", seen.custom, seen.hooked) in self.tried:
+        met = "linear", seen.custom, seen.hooked
+        if not new or met in self.tried.seen:
             return self
         found = replace(self, nonlinear=self.nonlinear | nonlinear(self, seen))
         if not found.nonlinear:
-            self.tried["linear", seen.custom, seen.hooked] = 1
+            self.tried.seen.add(met)
         return found
 
     def refuse_nonlinear_here(self, seen: Watched, call: str) -> None:
@@ -318,7 +343,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
             custom=watched.custom, nonlinear=nonlinear(plan, watched),
-            tried={("numbers", watched.numbers): 1} if numbers == watched.numbers else {},
+            tried=Tried(seen={("numbers", numbers)} if numbers == watched.numbers else set()),
             numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
         )  # fmt: skip
         if plan.generic:

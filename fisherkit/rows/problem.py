@@ -272,11 +272,11 @@ class Problem:
             self.probabilities_sought = True
             if self.shift_guessed and not self.shift_labels and target is not None and target.ndim == 2 < raw.ndim:
                 warn_of_unshifted(batch, target, mask)
-            likelihood, tried = self.likelihood, self.plan.tried
-            if ("logits", likelihood.link) not in tried and warn_of_probabilities(
+            likelihood, seen = self.likelihood, self.plan.tried.seen
+            if ("logits", likelihood.link) not in seen and warn_of_probabilities(
                 self.plan.model, z[mask], likelihood.link, likelihood.name
             ):
-                tried["logits", likelihood.link] = 1
+                seen.add(("logits", likelihood.link))
         positions, whole = int(counts[0]), int(counts[0]) == mask.numel()
         outputs = Outputs(z, target, mask, start, self.likelihood, raw.shape[1:], whole)
         return outputs, (int(counts[-1]), positions)
@@ -287,20 +287,17 @@ class Problem:
         if plan.nonlinear and (not kind.along_gradient or plan.coarsest in HALF):
             plan.refuse_nonlinear("the Fisher of this model")
         key = type(kind), *kind.kind_options().items(), self.likelihood.recorded, self.token
-        if key not in tried:
+        if key not in tried.vectors:
             self.confirm()
             slots = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place)
-            tried[key], tried["outputs", key] = slots.number, slots.mask.shape[1]
-        self.vectors_per_example = tried[key]
-        self.rowless = self.summed and kind.of_hessian and not plan.looped and self._last_width(only=True) > 0
-        self.head = (
-            self._head(tried["outputs", key])
-            if self.summed and kind.of_hessian and not plan.looped and not self.rowless
-            else 0
-        )
-        several = self.folds and self._flat and not self.rowless and tried["outputs", key] > 1
-        self.fold = self._positions() if several else 1
-        if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried:
+            tried.vectors[key] = slots.number, slots.mask.shape[1]
+        self.vectors_per_example, positions = tried.vectors[key]
+        of_hessian = self.summed and kind.of_hessian and not plan.looped
+        self.rowless = of_hessian and self._last_width(only=True) > 0
+        self.head = self._head(positions) if of_hessian and not self.rowless else 0
+        several = self.folds and self._flat and not self.rowless and positions > 1
+        self.fold = tried.answer("positions", self._positions) if several else 1
+        if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried.answers:
             with self.plan.quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
         self.choose(lean=True)
@@ -312,16 +309,14 @@ class Problem:
         return self.vectors_per_example // self.fold
 
     def _positions(self) -> int:
-        """Positions of the probe's examples, if nothing on the way mixes them; else 1. Tried once a plan."""
+        """Positions of the probe's examples, if nothing on the way mixes them; else 1."""
         plan = self.plan
-        if "positions" not in plan.tried:
-            self.confirm()
-            with plan.quiet():
-                seen = forward(plan, plan.probe.batch, positions=True)
-            simple = all(type(unit) is RuledUnit for unit in plan.units) and not plan.shared
-            apart = simple and "attention_mask" not in plan.probe.batch.kwargs and seen.by_position() is not None
-            plan.tried["positions"] = seen.positions if apart and self._in_order(seen.z) else 1
-        return plan.tried["positions"]
+        self.confirm()
+        with plan.quiet():
+            seen = forward(plan, plan.probe.batch, positions=True)
+        simple = all(type(unit) is RuledUnit for unit in plan.units) and not plan.shared
+        apart = simple and "attention_mask" not in plan.probe.batch.kwargs and seen.by_position() is not None
+        return seen.positions if apart and self._in_order(seen.z) else 1
 
     def _in_order(self, z: Tensor) -> bool:
         """Whether the likelihood's positions are those of the outputs, one after the other."""
@@ -335,7 +330,7 @@ class Problem:
         if isinstance(linearized, Linearized) and not linearized.unruled and "attention_mask" not in batch.kwargs:
             apart = linearized.watched.by_position()
         if apart is None or self.by_owner:
-            self.plan.tried["positions"] = 1
+            self.plan.tried.answers["positions"] = 1
             if self.revisable:
                 raise BetterPlanError(self.plan, self.by_owner, batch)
             return None
@@ -353,13 +348,14 @@ class Problem:
 
     def _last_width(self, *, only: bool) -> int:
         """Inputs of a last layer, the only one that was chosen or above others, if its sums are known; tried once."""
-        tried, key = self.plan.tried, "last layer" if only else "head"
-        if key not in tried:
+
+        def find() -> int:
             if not only:
                 self.confirm()
             with self.plan.quiet():
-                tried[key] = last_width(Linearized.probe(self.plan), only=only)
-        return tried[key]
+                return last_width(Linearized.probe(self.plan), only=only)
+
+        return self.plan.tried.answer("last layer" if only else "head", find)
 
     def forecast(self) -> tuple[int, float] | None:
         """Backward passes that reading the data once takes, and their seconds at most; None where N is not known.
@@ -519,7 +515,7 @@ class Problem:
                 self.confirm()
             raise
         if assumed and not (is_shown(plan, watched) and (plan.draws or not draws.happened)):
-            plan.tried["not shown"] = 1
+            plan.tried.seen.add("not shown")
             self.confirm()
         plan.probe.assumed = False
         return Linearized(plan, batch, watched, shown=assumed)

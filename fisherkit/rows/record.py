@@ -20,9 +20,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from fisherkit.data import map_tensors
 from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
-from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather, mapped
+from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather
 from fisherkit.rows.differentiable import version_of
 from fisherkit.rows.ownership import coarser
 from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, drops_out, unrolled
@@ -161,12 +162,9 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         self.packed = self.packed or _packs()
         if func in _LOOKED_AT:
-            if _random(func, args, kwargs):
-                self.random = True
-                if not self.training:
-                    raise _refused_chance(func)
-            _refuse_max_norm(func, args, kwargs)
-            _refuse_offsets(func, args, kwargs)
+            random = _random(func, args, kwargs)
+            _refuse(func, args, kwargs, random=random, training=self.training)
+            self.random = self.random or random
             if func is F.multi_head_attention_forward:
                 with self:
                     return _ATTENTION(*args, **kwargs)
@@ -427,8 +425,8 @@ class Recorder(TorchFunctionMode):
                 copy = tensor.reshape(shape).expand(*shape[:at], size, *shape[at + 1 :])
                 self._copy(tensor, copy, Axis(0) if axis is None else axis)
                 copies[id(tensor)] = copy
-        args, kwargs = mapped((args, dict(kwargs)), lambda tensor: copies.get(id(tensor), tensor))
-        return args, kwargs
+        found: tuple[Any, Any] = map_tensors((args, kwargs), lambda tensor: copies.get(id(tensor), tensor))
+        return found
 
 
 def _named(made: Derived | None, *, turned: bool = False) -> str | Derived | None:
@@ -447,47 +445,41 @@ def _packs() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str, default: Any = None) -> Any:
+    return kwargs.get(name, args[place] if len(args) > place else default)
+
+
 def _random(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call draws random numbers."""
     if func in DROPOUTS:
-        rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        training = kwargs.get("training", args[2] if len(args) > 2 else True)
-        return bool(training) and (func is F.rrelu or rate > 0)
+        active = bool(_argument(args, kwargs, 2, "training", True))
+        return active and (func is F.rrelu or _argument(args, kwargs, 1, "p", 0.5) > 0)
     if func is F.scaled_dot_product_attention:
-        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0)
+        return bool(_argument(args, kwargs, 4, "dropout_p", 0.0) > 0)
     return drops_out(func, args)
 
 
-def _refused_chance(func: Callable[..., Any]) -> ModelError:
-    return ModelError(
-        call="the model's forward pass",
-        got=f"an active {func.__name__}",
-        expected="a deterministic model",
-        why="with dropout every pass has another Fisher",
-        try_="model.eval()",
-    )
-
-
-def _refuse_max_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if func is F.embedding and kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None:
+def _refuse(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, random: bool, training: bool
+) -> None:
+    """Refuse chance outside of training, and embeddings that change their table or have all tokens in one row."""
+    call = "the model's forward pass"
+    if random and not training:
         raise ModelError(
-            call="the model's forward pass",
-            got="an embedding with max_norm",
-            expected="max_norm=None",
-            why="it changes the table during the forward pass",
-            try_="renormalize the table once, before",
-        )
-
-
-def _refuse_offsets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if func is F.embedding_bag and kwargs.get("offsets", args[2] if len(args) > 2 else None) is not None:
+            call=call, got=f"an active {func.__name__}", expected="a deterministic model",
+            why="with dropout every pass has another Fisher", try_="model.eval()",
+        )  # fmt: skip
+    if func is F.embedding and _argument(args, kwargs, 3, "max_norm") is not None:
         raise ModelError(
-            call="the model's forward pass",
-            got="an embedding bag with offsets",
-            expected="tokens [B, T], without offsets",
+            call=call, got="an embedding with max_norm", expected="max_norm=None",
+            why="it changes the table during the forward pass", try_="renormalize the table once, before",
+        )  # fmt: skip
+    if func is F.embedding_bag and _argument(args, kwargs, 2, "offsets") is not None:
+        raise ModelError(
+            call=call, got="an embedding bag with offsets", expected="tokens [B, T], without offsets",
             why="examples lie along axis 0, and here all their tokens lie in one row",
             try_="torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=i) and padding_idx=i",
-        )
+        )  # fmt: skip
 
 
 def _with_constants(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

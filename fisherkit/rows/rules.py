@@ -201,7 +201,6 @@ class GroupedConvolutionRule(ConvolutionRule):
     """Groups are small linear layers side by side: one block of the weight each, written out."""
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
-        """Stored."""
         groups = use.arguments["groups"]
         left = g.unflatten(-1, (groups, -1))
         right = _per_row(a, g, example).unflatten(-1, (groups, -1))
@@ -233,7 +232,6 @@ class TransposedConvolutionRule(Rule):
         return torch.cat([patches, bias], 2).unflatten(0, gradient.shape[:2])
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
-        """Stored."""
         groups = use.arguments.get("groups", 1)
         outputs = use.output_shape[1]
         left = _per_row(a, g, example).unflatten(-1, (groups, -1))
@@ -284,7 +282,6 @@ class NormalizationRule(Rule):
         return self.gradients(use, x.unsqueeze(0)).squeeze(0)
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
-        """As the input."""
         if self.channels_second:
             return gradient.reshape(*gradient.shape[:3], -1).transpose(2, 3)
         return super().gradients(use, gradient)
@@ -364,12 +361,11 @@ BATCH_NORM = NormalizationRule(
 EMBEDDING = EmbeddingRule("embedding", "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse")
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: LinearRule("linear", "input weight bias"),
-    F.conv1d: ConvolutionRule("conv1d", _CONV),
-    F.conv2d: ConvolutionRule("conv2d", _CONV),
-    F.conv3d: ConvolutionRule("conv3d", _CONV),
-    F.conv_transpose1d: TransposedConvolutionRule("conv_transpose1d", _CONV_TRANSPOSE),
-    F.conv_transpose2d: TransposedConvolutionRule("conv_transpose2d", _CONV_TRANSPOSE),
-    F.conv_transpose3d: TransposedConvolutionRule("conv_transpose3d", _CONV_TRANSPOSE),
+    **{getattr(F, f"conv{n}d"): ConvolutionRule(f"conv{n}d", _CONV) for n in (1, 2, 3)},
+    **{
+        getattr(F, f"conv_transpose{n}d"): TransposedConvolutionRule(f"conv_transpose{n}d", _CONV_TRANSPOSE)
+        for n in (1, 2, 3)
+    },
     F.embedding: EMBEDDING,
     F.layer_norm: NormalizationRule("layer_norm", _LAYER_NORM, F.layer_norm, channels_second=False),
     F.rms_norm: NormalizationRule("rms_norm", "input normalized_shape weight eps", F.rms_norm, channels_second=False),
@@ -452,7 +448,6 @@ class ContractionRule(LinearRule):
         return whole.reshape(use.lead.numel(), columns.numel(), -1)
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
-        """As the input."""
         lead, letters = use.lead, use.arguments["letters"]
         outputs = torch.Size(use.output_shape[len(lead) :][: len(letters.outputs)]).numel()
         return gradient.reshape(len(gradient), lead.numel(), outputs, -1).mT

@@ -69,14 +69,12 @@ class SlicedRows(UnitRows):
         return SlicedRows({}, count=count, slices=self.slices, none=self.none.zeros(0, 0, None, like))
 
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
-        """J U."""
         result = u.new_zeros(self.count, u.shape[1])
         for one, (rows, part) in self.parts.items():
             result.index_add_(0, rows, part.matmul(u[self._of(one)]))
         return result
 
     def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
-        """Jᵀ W."""
         out = w.new_zeros(self.size, w.shape[1]) if out is None else out.zero_()
         for one, (rows, part) in self.parts.items():
             part.rmatmul(w[rows], out[self._of(one)])
@@ -91,36 +89,30 @@ class SlicedRows(UnitRows):
         return result
 
     def squared_sum(self) -> Float[Tensor, "d"]:
-        """Σ_r row_r²."""
         total = self.floating.new_zeros(self.size)
         for one, (_, part) in self.parts.items():
             total[self._of(one)] = part.squared_sum()
         return total
 
     def weighted_squares(self, weights: Float[Tensor, "d"]) -> Float[Tensor, "R"]:
-        """Σ_i w_i row_i²."""
         result = weights.new_zeros(self.count)
         for one, (rows, part) in self.parts.items():
             result.index_add_(0, rows, part.weighted_squares(weights[self._of(one)]))
         return result
 
     def dense(self) -> Float[Tensor, "R d"]:
-        """The rows, zeros included."""
         whole = self.floating.new_zeros(self.count, self.size)
         for one, (rows, part) in self.parts.items():
             whole[rows, self._of(one)] = part.dense()
         return whole
 
     def scaled(self, scale: float) -> SlicedRows:
-        """Every row times a number."""
         return self._changed(lambda part: part.scaled(scale))
 
     def double(self) -> SlicedRows:
-        """The rows in float64."""
         return self._changed(FactoredRows.double)
 
     def compact(self) -> SlicedRows:
-        """Without what `reordered` left over."""
         return self._changed(FactoredRows.compact)
 
     def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> SlicedRows:
@@ -138,7 +130,6 @@ class SlicedRows(UnitRows):
 
     @classmethod
     def cat(cls, parts: Sequence[SlicedRows]) -> SlicedRows:
-        """All rows of the parts."""
         starts = torch.tensor([0] + [part.count for part in parts]).cumsum(0).tolist()
         found: dict[int, list[Part]] = {}
         for start, own in zip(starts, parts, strict=False):
@@ -158,12 +149,10 @@ class SlicedRows(UnitRows):
         return found
 
     def options(self) -> dict[str, int]:
-        """R, E and orientation."""
         return {"count": self.count, "slices": self.slices, **self.none.options()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> SlicedRows:
-        """Back from a file."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             one, name = key.split(".")
@@ -175,5 +164,4 @@ class SlicedRows(UnitRows):
 
     @property
     def floating(self) -> Tensor:
-        """Of dtype and device."""
         return self.none.gradients

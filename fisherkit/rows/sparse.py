@@ -67,12 +67,10 @@ class SparseRows(UnitRows):
         return SparseRows(none, none, like.new_zeros(0, self.values.shape[1]), count=count, vocabulary=self.vocabulary)
 
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
-        """J U."""
         table = u.reshape(self.vocabulary, self.values.shape[1], u.shape[1])
         return sum_by(self.row, torch.einsum("ne,nek->nk", self.values, table[self.token]), self.count)
 
     def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
-        """Jᵀ W."""
         weighed = torch.einsum("ne,nk->nek", self.values, w[self.row])
         found = sum_by(self.token, weighed, self.vocabulary).reshape(self.size, w.shape[1])
         return found if out is None else out.copy_(found)
@@ -97,7 +95,6 @@ class SparseRows(UnitRows):
         return tile.flatten(1)
 
     def squared_sum(self) -> Float[Tensor, "d"]:
-        """Σ_r row_r²."""
         return sum_by(self.token, self.values.square(), self.vocabulary).reshape(-1)
 
     def weighted_squares(self, weights: Float[Tensor, "d"]) -> Float[Tensor, "R"]:
@@ -106,7 +103,6 @@ class SparseRows(UnitRows):
         return sum_by(self.row, (self.values.square() * table[self.token]).sum(1), self.count)
 
     def dense(self) -> Float[Tensor, "R d"]:
-        """The rows, zeros included."""
         rows = self.values.new_zeros(self.count, self.vocabulary, self.values.shape[1])
         rows[self.row, self.token] = self.values
         return rows.flatten(1)
@@ -115,7 +111,6 @@ class SparseRows(UnitRows):
         return SparseRows(row, self.token, values, count=self.count, vocabulary=self.vocabulary)
 
     def scaled(self, scale: float) -> SparseRows:
-        """Every row times a number."""
         return self._with(self.row, self.values * scale)
 
     def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> SparseRows:
@@ -128,12 +123,10 @@ class SparseRows(UnitRows):
         return SparseRows(row[kept], self.token[kept], self.values[kept], count=len(order), vocabulary=self.vocabulary)
 
     def double(self) -> SparseRows:
-        """The rows in float64."""
         return self._with(self.row, self.values.double())
 
     @classmethod
     def cat(cls, parts: Sequence[SparseRows]) -> SparseRows:
-        """All rows of the parts."""
         if len(parts) == 1:
             return parts[0]
         starts = torch.tensor([0] + [part.count for part in parts]).cumsum(0).tolist()
@@ -146,9 +139,7 @@ class SparseRows(UnitRows):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Row, token and vector of each entry."""
         return {"row": self.row, "token": self.token, "values": self.values}
 
     def options(self) -> dict[str, int]:
-        """R and V."""
         return {"count": self.count, "vocabulary": self.vocabulary}

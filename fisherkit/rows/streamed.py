@@ -79,7 +79,6 @@ class StreamedRows(RowSource):
 
     @property
     def count(self) -> int:
-        """R."""
         return self.tally.rows
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -172,7 +171,6 @@ class LaterRows(StreamedRows):
         return self.make(self) if columns is None or columns > self.left else self
 
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        """JᵀJ U in one pass."""
         found = super().product(u)
         self.left -= u.shape[1]
         return found
@@ -240,11 +238,12 @@ def matrix_free(problem: Problem) -> bool:
     # derivatives do not know of hooks.
     if problem.vectors_per_example <= FEW_VECTORS or plan.example_parameter.dtype in HALF or plan.probe.hooked:
         return False
-    if "matrix-free" not in plan.tried:
+
+    def find() -> bool:
         probe, rows = problem.probe_rows()
-        agrees = not _is_uneven(plan, probe.watched) and _agrees(plan, plan.space, lambda v, u: rows(v).product(u))
-        plan.tried["matrix-free"] = agrees
-    return bool(plan.tried["matrix-free"])
+        return not _is_uneven(plan, probe.watched) and _agrees(plan, plan.space, lambda v, u: rows(v).product(u))
+
+    return bool(plan.tried.answer("matrix-free", find))
 
 
 def matrix_free_product(

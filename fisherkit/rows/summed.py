@@ -44,11 +44,9 @@ class SumRows(UnitRows):
         return rest[0] if len(rest) == 1 else SumRows(rest)
 
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:
-        """J U."""
         return functools.reduce(torch.add, (part.matmul(u) for part in self.parts))
 
     def rmatmul(self, w: Float[Tensor, "R K"], out: Float[Tensor, "d K"] | None = None) -> Float[Tensor, "d K"]:
-        """Jᵀ W."""
         total = self.parts[0].rmatmul(w, out)
         for part in self.parts[1:]:
             total += part.rmatmul(w)
@@ -67,7 +65,6 @@ class SumRows(UnitRows):
         return result
 
     def squared_sum(self) -> Float[Tensor, "d"]:
-        """Σ_r row_r²."""
         if self._written:
             return functools.reduce(torch.add, (tile.square_().sum(0) for tile in self._tiles()))
         total = functools.reduce(torch.add, (part.squared_sum() for part in self.parts))
@@ -77,7 +74,6 @@ class SumRows(UnitRows):
         return total
 
     def weighted_squares(self, weights: Float[Tensor, "d"]) -> Float[Tensor, "R"]:
-        """Σ_i w_i row_i²."""
         if self._written:
             return torch.cat([tile.square_() @ weights for tile in self._tiles()])
         total = functools.reduce(torch.add, (part.weighted_squares(weights) for part in self.parts))
@@ -88,30 +84,24 @@ class SumRows(UnitRows):
         return total
 
     def dense(self) -> Float[Tensor, "R d"]:
-        """The rows."""
         # Stored parts give their own matrix, which is not to be written to.
         first, *rest = (part.dense() for part in self.parts)
         return functools.reduce(torch.Tensor.add_, rest, first.clone() if rest else first)
 
     def scaled(self, scale: float) -> SumRows:
-        """Every row times a number."""
         return SumRows([part.scaled(scale) for part in self.parts])
 
     def reordered(self, order: Int[Tensor, "R"], regular: bool = False) -> SumRows:
-        """The rows in another order."""
         return SumRows([part.reordered(order, regular) for part in self.parts])
 
     def compact(self) -> SumRows:
-        """Without what `reordered` left over."""
         return SumRows([part.compact() for part in self.parts])
 
     def double(self) -> SumRows:
-        """The rows in float64."""
         return SumRows([part.double() for part in self.parts])
 
     @classmethod
     def cat(cls, parts: Sequence[SumRows]) -> SumRows:
-        """All rows of the parts."""
         return cls([type(same[0]).cat(same) for same in zip(*(part.parts for part in parts), strict=True)])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -125,24 +115,20 @@ class SumRows(UnitRows):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], options: dict[str, int]) -> SumRows:
-        """Back from a file."""
         count = sum(name.endswith(".form") for name in options)
         own = [(_of(i, tensors), _of(i, options)) for i in range(count)]
         return cls([FORMS[settings.pop("form")].from_tensors(numbers, settings) for numbers, settings in own])
 
     @property
     def floating(self) -> Tensor:
-        """One of the first part's."""
         return self.parts[0].floating
 
     @property
     def numbers(self) -> tuple[Tensor, ...]:
-        """All parts'."""
         return tuple(tensor for part in self.parts for tensor in part.numbers)
 
     @property
     def nbytes(self) -> int:
-        """All parts'."""
         return sum(part.nbytes for part in self.parts)
 
     @property

@@ -223,7 +223,6 @@ class SharedUnit(RuledUnit):
 
     @property
     def rule_name(self) -> str:
-        """Of all its rules."""
         return " + ".join(dict.fromkeys(part.rule.name for part in self.parts))
 
     def made(self, pulled: Pulled) -> UnitSlot | None:
@@ -236,7 +235,6 @@ class SharedUnit(RuledUnit):
         return UnitSlot(self.names, StoredRows(rows.dense()) if self.stored else rows)
 
     def measure(self, pulled: Pulled, rows: UnitRows) -> None:
-        """As in `RuledUnit`."""
         nothing = replace(pulled, gradients=[None] * len(pulled.uses))
         for part in self.parts:
             slot = part.made(nothing)
@@ -251,11 +249,9 @@ class SharedUnit(RuledUnit):
         self.reason = f"{self.place}; {apart:,} {'>' if self.stored else '<='} M·D = {product:,}"
 
     def numbers_per_example(self, vectors: int) -> int:
-        """As in `Unit`."""
         return vectors * self.numbers if self.stored else sum(part.numbers_per_example(vectors) for part in self.parts)
 
     def differs(self, use: Use) -> bool:
-        """Whether a use is of no form that was verified."""
         return all(part.form != form_of(use) for part in self.parts)
 
 
@@ -298,7 +294,6 @@ class DerivedUnit(RuledUnit):
         return use.rule not in self.rules or not set(use.names) <= set(self.names)
 
     def measure(self, pulled: Pulled, rows: UnitRows) -> None:
-        """As in `RuledUnit`."""
         super().measure(pulled, rows)
         self.reason = f"{self.place}; through a function of parameters"
 
@@ -313,7 +308,6 @@ class SlicedUnit(RuledUnit):
     kept = (0, 0)
 
     def made(self, pulled: Pulled) -> UnitSlot | None:
-        """As in `RuledUnit`."""
         uses, v, selection = pulled.uses, pulled.v, pulled.selection
         own = self.of(uses)
         if not own:
@@ -347,7 +341,6 @@ class SlicedUnit(RuledUnit):
         return UnitSlot(self.names, StoredRows(rows.dense()) if self.stored else rows)
 
     def measure(self, pulled: Pulled, rows: UnitRows) -> None:
-        """As in `RuledUnit`."""
         own = self.of(pulled.uses)
         place = pulled.arrangements[own[0]]
         self.place = "" if place is None else f"slices {place.described(pulled.uses[own[0]].lead)}"
@@ -365,11 +358,9 @@ class SlicedUnit(RuledUnit):
         self.reason = f"{self.place}; T(I + M·O) = {apart:,} {'>' if self.stored else '<='} M·D = {product:,}"
 
     def numbers_per_example(self, vectors: int) -> int:
-        """As in `Unit`."""
         return vectors * self.numbers if self.stored else self.kept[0] + vectors * self.kept[1]
 
     def differs(self, use: Use) -> bool:
-        """Whether a use is not of the form that was verified."""
         return use.slices is None or use.rule is not self.rule or use.turned != self.turned
 
 

@@ -75,7 +75,7 @@ def plan_for(
         del known[key]  # of one example nothing was learnt about two
     if key in known:
         old = known[key]
-        if assume and _is_simple(old) and "not shown" not in old.tried:
+        if assume and _is_simple(old) and "not shown" not in old.tried.seen:
             return Plan.of(model, space, old, key, Probe(batch, None, old.alone), own)
         plan = _confirmed(Plan.of(model, space, old, key, own=own), batch)
         if plan is not None:
@@ -85,7 +85,7 @@ def plan_for(
     if (seen := plan.probe.watched) is not None:
         plan = replace(plan, calls=_calls(seen.uses))
         if not is_shown(plan, seen):
-            plan.tried["not shown"] = 1  # a pass over the data would be made in vain
+            plan.tried.seen.add("not shown")  # a pass over the data would be made in vain
     remember(plan)
     return plan
 

@@ -426,7 +426,6 @@ class LayerStructure(Structure):
         return self.record(slot.rows)
 
     def empty(self, problem: Problem | None = None) -> LayerSums:
-        """No unit yet."""
         return LayerSums(self)
 
     def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
@@ -440,7 +439,6 @@ class LayerStructure(Structure):
             return packed(unit.operator(self.space.restrict(names), scale), self.kept)
 
     def parts(self, sums: LayerSums, operator: Any) -> Parts:
-        """The blocks."""
         units = zip(sums.whole.items(), operator.blocks, strict=True)
         return {names: Part.of(block, unit.label, unit.reason) for (names, unit), block in units}
 
@@ -454,7 +452,7 @@ def structures() -> dict[str, type[Structure]]:
 
 
 def structure_named(name: object, call: str) -> type[Structure]:
-    """The structure of a name, or an error where there is none."""
+    """The structure of a name."""
     known = structures()
     if not isinstance(name, str) or name not in known:
         raise InvalidArgumentError(call, f"structure={name!r}", f"one of {list(known)}")

@@ -35,7 +35,6 @@ class NormalMatrix(UnitSums):
         return cls(dense.mT @ dense)
 
     def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
-        """The matrix."""
         return DenseOperator(space, scale * self.matrix)
 
 
@@ -52,7 +51,6 @@ class BlockSums(Sums):
     everyones: SharedRows | None = None
 
     def added(self, chunks: Iterable[Chunk]) -> BlockSums:
-        """With more rows."""
         matrices, kept = dict(self.matrices), [] if self.kept is None else [self.kept]
         for chunk in chunks:
             for names, space in self.spaces.items():
@@ -85,7 +83,6 @@ class Block(RowStructure):
 
     @property
     def groups(self) -> tuple[Names, ...]:
-        """The parameters of each block."""
         return self.modules
 
     def bytes(self, problem: Problem) -> int:
@@ -112,7 +109,6 @@ class Block(RowStructure):
         return BlockSums({names: self.space.restrict(names) for names in dense}, others)
 
     def operator(self, sums: BlockSums, scale: float) -> FisherOperator:
-        """A block a module."""
         blocks: list[FisherOperator] = []
         for names in self.modules:
             if names in sums.matrices:
@@ -122,7 +118,6 @@ class Block(RowStructure):
         return BlockDiagonalOperator(self.space, blocks)
 
     def parts(self, sums: BlockSums, operator: BlockDiagonalOperator) -> Parts:
-        """The blocks."""
         rows = "block, rows", "its rows are fewer numbers than d²"
         dense = "block, dense", "d² numbers are fewer than its rows'"
         modules = zip(self.modules, operator.blocks, strict=True)

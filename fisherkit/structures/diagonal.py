@@ -23,7 +23,6 @@ class Squares(UnitSums):
     diagonal: Float[Tensor, "d"]
 
     def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
-        """A diagonal."""
         return DiagonalOperator(space, scale * self.diagonal)
 
 
@@ -35,7 +34,6 @@ class Diagonal(LayerStructure):
     needs_rows = False
 
     def record(self, rows: UnitRows) -> Squares:
-        """Of some rows of a unit."""
         return Squares(rows.squared_sum())
 
     def operator(self, sums: LayerSums, scale: float) -> FisherOperator:

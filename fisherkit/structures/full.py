@@ -93,7 +93,6 @@ class Full(RowStructure):
 
     @property
     def instead(self) -> str:  # type: ignore[override]
-        """As in `Structure`."""
         if self.max_rows is None:
             return 'storage="stream", which makes all rows anew for every product'
         return f"max_rows below {self.max_rows:,}, or None, which streams all rows"
@@ -130,15 +129,12 @@ class Full(RowStructure):
         return 2 * (self.max_rows or 0) * problem.row_bytes(self.space.names, vectors=1)
 
     def empty(self, problem: Problem | None = None) -> KeptRows:
-        """No rows yet."""
         return KeptRows(most=self.max_rows)
 
     def operator(self, sums: KeptRows, scale: float) -> FisherOperator:
-        """One operator for all."""
         return self.by_rows(sums.whole, scale)
 
     def parts(self, sums: KeptRows, operator: LowRankOperator) -> Parts:
-        """The rows of each unit."""
         rows, share = sums.whole, f"{100 * (sums.dropped_share or 0):.3g}% of the trace left out"
         note = f"{rows.count:,} of {rows.count + sums.dropped:,} rows, {share}" if sums.dropped else ""
         parts: Parts = {}

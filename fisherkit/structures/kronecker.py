@@ -325,7 +325,6 @@ class RotatedSquares(UnitSums):
         return replace(self, total=total.reshape(self.total.shape))
 
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
-        """With the unit's rows of a chunk."""
         return self.add(slot.rows) if isinstance(slot.rows, FactoredRows) else self
 
     def grown(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> RotatedSquares:
@@ -355,7 +354,6 @@ class RotatedSquares(UnitSums):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], before: UnitSums | None) -> RotatedSquares:
-        """The inverse of `tensors`."""
         if not isinstance(before, KroneckerFactors) or before.spectra is None:
             raise ValueError("eigenvalues without the factors whose basis they are in")
         return cls(*before.spectra, before.transposed, tensors["values"])

@@ -82,7 +82,6 @@ class HalfStep(UnitSums):
         return cls(layout, fixed, like.new_zeros(layout.width, layout.width))
 
     def added(self, slot: UnitSlot, chunk: Chunk, structure: LayerStructure) -> HalfStep:
-        """With the unit's rows of a chunk."""
         if not isinstance(slot.rows, FactoredRows):
             return self
         return replace(self, total=self.total + _contracted(slot.rows, self.fixed, self.layout, self.passes % 2 == 1))
@@ -131,7 +130,6 @@ class HalfStep(UnitSums):
         return NearestProduct.from_tensors(tensors, before)
 
     def operator(self, space: ParameterSpace, scale: float) -> FisherOperator:
-        """G ⊗ A."""
         return self.product().operator(space, scale)
 
 
