@@ -2,8 +2,8 @@
 
 Everybody runs in a process of its own, which measures seconds and the most memory beyond model and data. What is fitted
 is the weights and biases of the blocks' linear layers, with one drawn label a position, as the peers, kronfluence and
-bergson, draw it. Other draws give other numbers: that all compute the same is asserted before, with the observed labels,
-of products with a fixed vector. Run as a module, this file is such a process.
+bergson, draw it. Other draws give other numbers: that all compute the same is asserted before, with the observed
+labels, of products with a fixed vector. Run as a module, this file is such a process.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from examples.benchmarks.peer_bergson import Bergson
 from examples.benchmarks.timing import Clock
 from examples.benchmarks.workloads import Decoder, Workload
 from examples.influence import kronfluence_peer
+from fisherkit.memory import available_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def steps(workload: Workload, batch: int) -> Callable[[], Product]:
     return fit
 
 
-def ours(structure: str, observed: bool, workload: Workload, batch: int, keep: bool = True) -> Callable[[], Product]:
+def ours(structure: str, observed: bool, workload: Workload, batch: int, keep: bool = False) -> Callable[[], Product]:
     """What a user of fisherkit writes.
 
     Args:
@@ -99,17 +100,16 @@ def ours(structure: str, observed: bool, workload: Workload, batch: int, keep: b
         observed: labels instead of drawn ones.
         workload: the model with all sequences.
         batch: sequences in a batch.
-        keep: have the default ``memory_budget``, in which ekfac keeps rows for its second pass where there is room;
-            else three times ekfac's own bytes, so that it makes them again.
+        keep: a ``memory_budget`` of half of what is available, in which ekfac keeps rows for its second pass; else the
+            default, with which it keeps few, and makes them again where they are more.
     """
     batches = list(zip(workload.inputs.split(batch), workload.targets.split(batch), strict=True))
-    shapes = [p.shape for name in workload.layered if (p := workload.model.get_parameter(name)).ndim > 1]
-    own = 4 * sum((i + 1) ** 2 + o**2 + (i + 1) * o for o, i in shapes)
+    budget = available_memory(workload.inputs.device) // 2 if keep else None
 
     def fit() -> Product:
         fisher = fk.FisherApproximation(
             workload.model, batches, "ef" if observed else "sf", structure=structure, params=workload.layered,
-            memory_budget=None if keep else 3 * own,
+            memory_budget=budget,
         )  # fmt: skip
         return partial(_multiplied, fisher)
 
@@ -170,9 +170,7 @@ def bergson(structure: str, observed: bool, workload: Workload, batch: int) -> C
     def ekfac() -> Product:
         found = peer.factors(corrected=True, empirical=observed)
         a, g, values = found["a"], found["g"], found["values"]
-        return lambda directions: {
-            k: g[k] @ (values[k] * (g[k].T @ v @ a[k])) @ a[k].T for k, v in directions.items()
-        }
+        return lambda directions: {k: g[k] @ (values[k] * (g[k].T @ v @ a[k])) @ a[k].T for k, v in directions.items()}
 
     def projected() -> Product:
         peer.project(WIDTH)
@@ -202,12 +200,12 @@ def _their_ekfac(analyzer: Any, workload: Workload, directions: Directions) -> D
 
 
 PRODUCTS = {"diagonal": _their_diagonal, "kfac": _their_kfac, "ekfac": _their_ekfac}
-STEP, LEAN, ROWS = "training step", "ekfac, rows made twice", "stored rows"
+STEP, KEPT, ROWS = "training step", "ekfac, rows kept", "stored rows"
 PEER, BERGSON = "kronfluence ", "bergson "
 PEERS = {PEER: tuple(PRODUCTS), BERGSON: ("kfac", "ekfac")}
 """Whose products are compared with ours, and of what."""
 CONTESTANTS = (
-    STEP, "diagonal", PEER + "diagonal", "kfac", PEER + "kfac", BERGSON + "kfac", "ekfac", LEAN, PEER + "ekfac",
+    STEP, "diagonal", PEER + "diagonal", "kfac", PEER + "kfac", BERGSON + "kfac", "ekfac", KEPT, PEER + "ekfac",
     BERGSON + "ekfac", ROWS, BERGSON + ROWS,
 )  # fmt: skip
 WIDTH = 16
@@ -227,7 +225,7 @@ def contestant(name: str, observed: bool) -> Contestant:
     if library := peer_of(name):
         made = theirs if library == PEER.strip() else bergson
         return partial(made, name.partition(" ")[2], observed)
-    return partial(ours, name.partition(",")[0], observed, keep=name != LEAN)
+    return partial(ours, name.partition(",")[0], observed, keep=name == KEPT)
 
 
 def measure_language(
@@ -250,7 +248,8 @@ def measure_language(
         with tempfile.TemporaryDirectory() as made:
             return measure_language(size, device=device, rounds=rounds, slow=slow, patience=patience, folder=Path(made))
     run = partial(_child, size, device=device)
-    agreed, unable = [], {}
+    agreed: list[Record] = []
+    unable: dict[str, str] = {}
     for peer, structures in PEERS.items():
         check = partial(_check, peer, structures, run, folder)
         record, why = peer_checked(peer.strip(), check)
@@ -284,7 +283,7 @@ def judged(size: Size, found: Mapping[str, list[Record]]) -> dict[str, Record]:
 
 
 def _check(peer: str, structures: Iterable[str], run: Callable[..., Record], folder: Path) -> float:
-    """The largest relative difference, over structures and layers, of a peer's products from observed labels and ours."""
+    """The largest difference over structures and layers, relative, of a peer's and our products of observed labels."""
     found = 0.0
     for structure in structures:
         files = [folder / f"{name}.safetensors" for name in (structure, peer + structure)]

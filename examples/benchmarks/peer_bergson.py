@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from examples.benchmarks.workloads import Decoder
-
 FACTORS = {"a": "activation_sharded", "g": "gradient_sharded"}
 EIGEN = {"a": "eigen_activation_sharded", "g": "eigen_gradient_sharded", "values": "eigenvalue_correction_sharded"}
 """Where results lie, by side."""
@@ -30,18 +28,20 @@ class Causal(nn.Module):
     """A decoder in the form that bergson takes: its ``base_model`` has the layers, its outputs have a name.
 
     Args:
-        model: of T positions.
+        model: a `Decoder` of T positions.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    device: torch.device
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.base_model: Any = copy.deepcopy(model)
-        known = self.base_model.position.weight.detach()
-        self.base_model.position = nn.Embedding.from_pretrained(torch.cat([known, torch.zeros_like(known[:1])]))
-        self.device = self.base_model.device = known.device
-        self.dtype = known.dtype
-        self.requires_grad_(False)  # as bergson leaves a model that it loads
-        self.base_model.embed.requires_grad_(True)
+        base: Any = copy.deepcopy(model)
+        known = base.position.weight.detach()
+        base.position = nn.Embedding.from_pretrained(torch.cat([known, torch.zeros_like(known[:1])]))
+        base.device = self.device = known.device
+        base.requires_grad_(False)  # as bergson leaves a model that it loads
+        base.embed.requires_grad_(True)
+        self.base_model, self.dtype = base, known.dtype
 
     def forward(self, tokens: Tensor) -> SimpleNamespace:
         """Logits ``[B, T + 1, C]``."""
@@ -52,13 +52,13 @@ class Bergson:
     """Its runs over a model's data, whose results lie in a folder that lives as long.
 
     Args:
-        model: of T positions.
+        model: a `Decoder` of T positions.
         tokens: ``[N, T]``.
         labels: ``[N, T]``.
         batch: sequences in a batch.
     """
 
-    def __init__(self, model: Decoder, tokens: Tensor, labels: Tensor, batch: int) -> None:
+    def __init__(self, model: nn.Module, tokens: Tensor, labels: Tensor, batch: int) -> None:
         # By name: a library that need not be there has no types to check.
         self.library = importlib.import_module("bergson")
         self.fitting = importlib.import_module("bergson.hessians.hessian_approximations")

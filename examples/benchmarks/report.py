@@ -240,8 +240,8 @@ def language_table(results: Record) -> tuple[Table, Notes]:
                 MET[f.get("met")],
             ))  # fmt: skip
     header = (
-        "", "fit, s", "tokens a second", "peak memory", "speed over kronfluence", "over bergson", "peak over a training step",
-        "peak over kronfluence", "target", "met",
+        "", "fit, s", "tokens a second", "peak memory", "speed over kronfluence", "over bergson",
+        "peak over a training step", "peak over kronfluence", "target", "met",
     )  # fmt: skip
     return (header, rows), notes
 
