@@ -439,7 +439,7 @@ def test_influence__a_peer_that_fails_has_a_dash(monkeypatch: pytest.MonkeyPatch
     child = fake({"": torch.ones(5, 12)}, {})
 
     def failing(name: str, contestant: str, **others: Any) -> dict[str, float]:
-        if influence.is_peer(contestant):
+        if influence.peer_of(contestant):
             raise RuntimeError("a traceback\nits last line")
         return child(name, contestant, **others)
 
