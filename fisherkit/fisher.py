@@ -76,7 +76,8 @@ class FisherApproximation(ForwardingOperator):
             result.
         memory_budget: bytes that the operator may take; None for half of what is available. Rows of the full
             structure that do not fit are streamed from the data for each product, unless ``storage`` is "rows"; other
-            structures that do not fit are refused.
+            structures that do not fit are refused. ekfac keeps the rows for its second pass that fit, with None only
+            as many bytes as its result has, or 2²⁸, and else makes them again.
         storage: of the rows of the full structure. "rows": kept from the start. "stream": never kept, but made anew
             from model and data for every product. "auto": kept from the start where that is as cheap as one product,
             or where there are several processes; else a few products are made without them (kinds of three vectors an

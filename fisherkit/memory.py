@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
+import sys
 import time
 import weakref
 from typing import Any
@@ -49,6 +51,13 @@ def _available(_moment: int) -> int:
     if "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 4 << 30  # a small laptop's share, where the system does not tell
+
+
+def give_back(device: torch.device) -> None:
+    """Give a processor's freed blocks back to the system, where glibc keeps them, before something large is made."""
+    if device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from typer.testing import CliRunner
 
 import fisherkit as fk
 from examples.benchmarks.workloads import Decoder
+from fisherkit import build as builds
 from fisherkit.cli import app
+from fisherkit.memory import give_back
 from tests import ranks
 from tests.commands import Running
 from tests.conformance_cases import KINDS, build, problem
@@ -439,6 +442,18 @@ def test_plan__foretells_the_peak_of_memory(structure: str, shape: str) -> None:
     assert 0.7 * measured < told < 1.4 * measured
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="whose allocator keeps what is freed")
+def test_give_back__returns_freed_blocks_between_others_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [torch.ones(10_000) for _ in range(2_000)]
+    del blocks[::2]  # 40 of 80 MB
+    before = resident()
+    give_back(torch.device("cpu"))
+    assert resident() < before - 30e6
+
+
 def counted(build: Callable[[], Any]) -> int:
     """The most bytes that torch's allocator had handed out at once, decompositions' work space among them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -477,6 +492,25 @@ def test_plan__is_within_15_percent_of_the_bytes_that_exist_at_once(
     assert (len(plan.parts), plan.passes) == (1, 1 if keeps else 2)
     found = counted(lambda: fk.FisherApproximation(model, data, kind, **options))
     assert abs(plan.peak_bytes - found) <= 0.15 * found, (plan.peak_bytes, found)
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "nkp"])
+def test_plan__keeps_few_rows_unless_a_budget_is_given(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 101 numbers an example: as many as the result has are kept, and with many passes all that fit."""
+
+    def passes(**options: Any) -> int:
+        return fk.plan(network(), DATA[:batches], "ef", structure=structure, **options).passes
+
+    monkeypatch.setattr(builds, "KEPT", 0)
+    result = needed(network(), DATA, structure, kind="ef")
+    assert 101 * 8 * 16 < result < 101 * 8 * 48
+    kept = {}
+    for batches in (1, 3):
+        kept[batches] = (passes() == 1, passes(memory_budget=10**9) == 1)
+    assert kept == {1: (True, True), 3: (structure == "nkp", True)}
+    same(*(fk.EmpiricalFisher(network(), DATA, structure=structure, memory_budget=b) for b in (None, 10**9)))
+    monkeypatch.undo()
+    assert passes() == 1  # 39 kB are few
 
 
 def test_plan__of_a_model_that_makes_sparse_tensors() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -33,7 +34,6 @@ from examples.benchmarks.memory import Peak, run_module
 from examples.benchmarks.timing import Clock
 from examples.benchmarks.workloads import FULL, TINY, Workload
 from examples.influence.kronfluence_peer import kronfluence
-from examples.influence.peers import missing
 from examples.influence.settings import Pair
 
 DAMPING = 1.0
@@ -106,7 +106,11 @@ AGREEMENT = 1e-3
 """The largest relative difference between the two: eigenvectors of close eigenvalues are known to float32 alone."""
 
 
-INSTALL = "not installed: pip install --no-deps -r requirements-bench.txt"
+INSTALL = {
+    "kronfluence": "not installed: pip install --no-deps -r requirements-bench.txt",
+    "bergson": "not installed: pip install --no-deps -r requirements-bergson.txt",
+}
+"""By peer, what a run says that has not got it."""
 
 
 def _starts(train: Pair, batch: int) -> range:
@@ -127,9 +131,15 @@ def correlation(found: Tensor, expected: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(x, y, dim=1).mean())
 
 
-def is_peer(name: str) -> bool:
-    """Whether it takes another library."""
-    return name.startswith("kronfluence")
+def missing() -> list[str]:
+    """Peers that are not installed."""
+    return [library for library in INSTALL if importlib.util.find_spec(library) is None]
+
+
+def peer_of(name: str) -> str:
+    """The library that a contestant takes, "" for ours."""
+    library = name.partition(" ")[0]
+    return library if library in INSTALL else ""
 
 
 def measure_influence(
@@ -157,43 +167,44 @@ def measure_influence(
     run = partial(_child, name, device=device, tiny=tiny, patience=patience, folder=folder)
     sizes = SMALL if tiny else SIZES[name]
     record: Record = {"workload": name, "examples": sizes.examples, "queries": sizes.queries, "damping": DAMPING}
-    agreed, unable = peer_checked(lambda: _check(name, partial(run, patience=None), folder))
+    agreed, unable = peer_checked("kronfluence", lambda: _check(name, partial(run, patience=None), folder))
     found, errors = in_turn(CONTESTANTS, run, unable, rounds=rounds, slow=slow, patience=patience)
     return record | agreed | _judged(found, errors, folder)
 
 
-def peer_checked(check: Callable[[], float]) -> tuple[Record, str]:
-    """The peer with the difference that a check finds, and why it cannot take part, or "".
+def peer_checked(library: str, check: Callable[[], float]) -> tuple[Record, dict[str, str]]:
+    """The peer with the difference that a check finds, and by library why it cannot take part, if it cannot.
 
     Raises:
         DisagreementError: from the check.
     """
-    if "kronfluence" in missing():
-        return {}, INSTALL
-    record: Record = {"peer": f"kronfluence {importlib.metadata.version('kronfluence')}"}
+    if library in missing():
+        return {}, {library: INSTALL[library]}
+    record: Record = {"peer": f"{library} {importlib.metadata.version(library)}"}
     try:
-        return record | {"difference": check()}, ""
+        return record | {"difference": check()}, {}
     except DisagreementError:
         raise
     except RuntimeError as error:
-        return record, _last_line(error)
+        return record, {library: _last_line(error)}
 
 
 def in_turn(
-    contestants: Iterable[str], run: Callable[[str], Record], unable: str, *, rounds: int, slow: float, patience: float
-) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    contestants: Iterable[str], run: Callable[[str], Record], unable: Mapping[str, str], *, rounds: int, slow: float,
+    patience: float,
+) -> tuple[dict[str, list[Record]], dict[str, str]]:  # fmt: skip
     """What everybody's processes say, round after round, and why some do not take part.
 
     Args:
         contestants: by name.
         run: makes such a process.
-        unable: why kronfluence cannot take part, or "".
+        unable: peers that cannot take part, and why.
         rounds: how often each is run.
         slow: seconds; who takes longer is run once.
         patience: seconds after which ``run`` ends a process.
     """
     found: dict[str, list[Record]] = {contestant: [] for contestant in contestants}
-    errors = {name: unable for name in found if is_peer(name) and unable}
+    errors = {name: unable[peer_of(name)] for name in found if peer_of(name) in unable}
     for number in range(rounds):
         for contestant, runs in found.items():
             if contestant in errors or (number and _total(runs[0]) > slow):
@@ -225,7 +236,7 @@ def _last_line(error: Exception) -> str:
 def _judged(found: Mapping[str, list[Record]], errors: Mapping[str, str], folder: Path) -> Record:
     medians = {name: middle(runs) for name, runs in found.items()}
     best = medians.get(PEER, {}).get("total")
-    mine = [name for name in medians if not is_peer(name)]
+    mine = [name for name in medians if not peer_of(name)]
     ratios = {name: best / medians[name]["total"] for name in mine} if best else {}
     scores = {name: load_file(_file(folder, name))["scores"] for name in found}
     return {

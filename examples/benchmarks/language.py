@@ -1,9 +1,9 @@
-"""Fits to a small language model, a diagonal, kfac and ekfac: tokens a second and peak memory beside kronfluence.
+"""Fits to a small language model, a diagonal, kfac and ekfac, and stored rows: tokens a second and peak memory.
 
 Everybody runs in a process of its own, which measures seconds and the most memory beyond model and data. What is fitted
-is the weights and biases of the blocks' linear layers, with one drawn label a position on both sides. Other draws give
-other numbers: that the two compute the same is asserted before, with the observed labels, of products with a fixed
-vector. Run as a module, this file is such a process.
+is the weights and biases of the blocks' linear layers, with one drawn label a position, as the peers, kronfluence and
+bergson, draw it. Other draws give other numbers: that all compute the same is asserted before, with the observed
+labels, of products with a fixed vector. Run as a module, this file is such a process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from torch import Tensor
 
 import fisherkit as fk
 from examples.benchmarks.contestants import DisagreementError
-from examples.benchmarks.influence import AGREEMENT, in_turn, is_peer, middle, peer_checked
+from examples.benchmarks.influence import AGREEMENT, in_turn, middle, peer_checked, peer_of
 from examples.benchmarks.measure import Record
 from examples.benchmarks.memory import Peak, run_module, train
+from examples.benchmarks.peer_bergson import Bergson
 from examples.benchmarks.timing import Clock
 from examples.benchmarks.workloads import Decoder, Workload
 from examples.influence import kronfluence_peer
+from fisherkit.memory import available_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ def steps(workload: Workload, batch: int) -> Callable[[], Product]:
     return fit
 
 
-def ours(structure: str, observed: bool, workload: Workload, batch: int, keep: bool = True) -> Callable[[], Product]:
+def ours(structure: str, observed: bool, workload: Workload, batch: int, keep: bool = False) -> Callable[[], Product]:
     """What a user of fisherkit writes.
 
     Args:
@@ -98,17 +100,16 @@ def ours(structure: str, observed: bool, workload: Workload, batch: int, keep: b
         observed: labels instead of drawn ones.
         workload: the model with all sequences.
         batch: sequences in a batch.
-        keep: have the default ``memory_budget``, in which ekfac keeps rows for its second pass where there is room;
-            else three times ekfac's own bytes, so that it makes them again.
+        keep: a ``memory_budget`` of half of what is available, in which ekfac keeps rows for its second pass; else the
+            default, with which it keeps few, and makes them again where they are more.
     """
     batches = list(zip(workload.inputs.split(batch), workload.targets.split(batch), strict=True))
-    shapes = [p.shape for name in workload.layered if (p := workload.model.get_parameter(name)).ndim > 1]
-    own = 4 * sum((i + 1) ** 2 + o**2 + (i + 1) * o for o, i in shapes)
+    budget = available_memory(workload.inputs.device) // 2 if keep else None
 
     def fit() -> Product:
         fisher = fk.FisherApproximation(
             workload.model, batches, "ef" if observed else "sf", structure=structure, params=workload.layered,
-            memory_budget=None if keep else 3 * own,
+            memory_budget=budget,
         )  # fmt: skip
         return partial(_multiplied, fisher)
 
@@ -128,6 +129,20 @@ def _multiplied(fisher: fk.FisherOperator, directions: Directions) -> Directions
     }
 
 
+def rows(workload: Workload, batch: int) -> Callable[[], Product]:
+    """A kfac Fisher of fisherkit, then every sequence's row, compressed to `WIDTH` eigenvectors a side, in files."""
+    batches = list(zip(workload.inputs.split(batch), workload.targets.split(batch), strict=True))
+    folder = tempfile.TemporaryDirectory()
+
+    def fit() -> Product:
+        fisher = fk.SampledFisher(workload.model, batches, structure="kfac", params=workload.layered)
+        scores = fk.influence.InfluenceScores(fisher, workload.model, damping=fk.RelativeDamping(1.0))
+        scores.prepare(batches, folder=Path(folder.name) / "rows", compress=WIDTH, checked=CHECKED)
+        return partial(_multiplied, fisher)
+
+    return fit
+
+
 def theirs(structure: str, observed: bool, workload: Workload, batch: int) -> Callable[[], Product]:
     """What a user of kronfluence writes; of kfac the factors alone, without their eigenvectors."""
     layers = sorted({name.rpartition(".")[0] for name in workload.layered})
@@ -140,6 +155,28 @@ def theirs(structure: str, observed: bool, workload: Workload, batch: int) -> Ca
         return partial(PRODUCTS[structure], analyzer, workload)
 
     return fit
+
+
+def bergson(structure: str, observed: bool, workload: Workload, batch: int) -> Callable[[], Product]:
+    """What a user of bergson writes; of kfac the factors alone, without their eigenvectors."""
+    peer = Bergson(workload.model, workload.inputs, workload.targets, batch)
+    n, positions = workload.examples, workload.targets.numel()
+
+    def kfac() -> Product:
+        found = peer.factors(corrected=False, empirical=observed)
+        a, g = found["a"], found["g"]
+        return lambda directions: {k: g[k] @ v @ a[k] / (n * positions) for k, v in directions.items()}
+
+    def ekfac() -> Product:
+        found = peer.factors(corrected=True, empirical=observed)
+        a, g, values = found["a"], found["g"], found["values"]
+        return lambda directions: {k: g[k] @ (values[k] * (g[k].T @ v @ a[k])) @ a[k].T for k, v in directions.items()}
+
+    def projected() -> Product:
+        peer.project(WIDTH)
+        return lambda directions: directions
+
+    return {"kfac": kfac, "ekfac": ekfac, ROWS: projected}[structure]
 
 
 def _their_diagonal(analyzer: Any, workload: Workload, directions: Directions) -> Directions:
@@ -163,10 +200,20 @@ def _their_ekfac(analyzer: Any, workload: Workload, directions: Directions) -> D
 
 
 PRODUCTS = {"diagonal": _their_diagonal, "kfac": _their_kfac, "ekfac": _their_ekfac}
-STEP, PEER, LEAN = "training step", "kronfluence ", "ekfac, rows made twice"
-CONTESTANTS = (STEP, *(name for one in PRODUCTS for name in (one, *([LEAN] if one == "ekfac" else []), PEER + one)))
+STEP, KEPT, ROWS = "training step", "ekfac, rows kept", "stored rows"
+PEER, BERGSON = "kronfluence ", "bergson "
+PEERS = {PEER: tuple(PRODUCTS), BERGSON: ("kfac", "ekfac")}
+"""Whose products are compared with ours, and of what."""
+CONTESTANTS = (
+    STEP, "diagonal", PEER + "diagonal", "kfac", PEER + "kfac", BERGSON + "kfac", "ekfac", KEPT, PEER + "ekfac",
+    BERGSON + "ekfac", ROWS, BERGSON + ROWS,
+)  # fmt: skip
+WIDTH = 16
+"""Of a stored row, 16 × 16 numbers a layer: of ours in the eigenbasis, of the peer's by random projections."""
+CHECKED = 8
+"""Sequences whose whole rows tell what ours lose: the default, 64, is more than the data are worth."""
 TARGETS = {"diagonal": 1.8, "kfac": 1.9, "ekfac": 2.0}
-"""The peer's seconds over ours, at least."""
+"""kronfluence's seconds over ours, at least; bergson's at least 1."""
 MOST_MEMORY = 1.3
 """Our peak over that of a training step, at most."""
 
@@ -175,9 +222,12 @@ def contestant(name: str, observed: bool) -> Contestant:
     """By name; with the observed labels or with drawn ones."""
     if name == STEP:
         return steps
-    if is_peer(name):
-        return partial(theirs, name.removeprefix(PEER), observed)
-    return partial(ours, name.partition(",")[0], observed, keep=name != LEAN)
+    if name == ROWS:
+        return rows
+    if library := peer_of(name):
+        made = theirs if library == PEER.strip() else bergson
+        return partial(made, name.partition(" ")[2], observed)
+    return partial(ours, name.partition(",")[0], observed, keep=name == KEPT)
 
 
 def measure_language(
@@ -194,53 +244,72 @@ def measure_language(
         folder: where products are left; None for a temporary one.
 
     Raises:
-        DisagreementError: kronfluence and fisherkit do not compute the same.
+        DisagreementError: a peer and fisherkit do not compute the same.
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as made:
             return measure_language(size, device=device, rounds=rounds, slow=slow, patience=patience, folder=Path(made))
     run = partial(_child, size, device=device)
-    agreed, unable = peer_checked(lambda: max(_check(structure, run, folder) for structure in PRODUCTS))
+    agreed: list[Record] = []
+    unable: dict[str, str] = {}
+    for peer, structures in PEERS.items():
+        check = partial(_check, peer, structures, run, folder)
+        record, why = peer_checked(peer.strip(), check)
+        agreed += [record] if record else []
+        unable |= why
     found, errors = in_turn(
         CONTESTANTS, partial(run, patience=patience), unable, rounds=rounds, slow=slow, patience=patience
     )
     its = SIZES[size]
-    return {"size": size, **dataclasses.asdict(its), **agreed, "errors": errors, "figures": judged(its, found)}
+    figures = judged(its, found)
+    return {"size": size, **dataclasses.asdict(its), "peers": agreed, "errors": errors, "figures": figures}
 
 
 def judged(size: Size, found: Mapping[str, list[Record]]) -> dict[str, Record]:
-    """Medians by contestant, beside the peer's and a training step's."""
+    """Medians by contestant, beside the peers' and a training step's."""
     figures = {name: middle(runs) for name, runs in found.items()}
     for name, own in figures.items():
         own["tokens"] = size.sequences * size.positions / own["fit"]
         if STEP in figures:
             own["steps"] = own["peak"] / max(1, figures[STEP]["peak"])
         structure = name.partition(",")[0]
+        if BERGSON + structure in figures:
+            own["bergson"] = figures[BERGSON + structure]["fit"] / own["fit"]
         if structure in TARGETS and PEER + structure in figures:
             peer = figures[PEER + structure]
             own |= {"speed": peer["fit"] / own["fit"], "memory": own["peak"] / max(1, peer["peak"])}
             own |= {"target": TARGETS[structure], "most_steps": MOST_MEMORY}
-            own["met"] = own["speed"] >= TARGETS[structure] and own.get("steps", 0) <= MOST_MEMORY
+            fast = own["speed"] >= TARGETS[structure] and own.get("bergson", 1) >= 1
+            own["met"] = fast and own.get("steps", 0) <= MOST_MEMORY
     return figures
 
 
-def _check(structure: str, run: Callable[..., Record], folder: Path) -> float:
-    """The largest relative difference, over layers, of both libraries' products from observed labels."""
-    files = [folder / f"{name}.safetensors" for name in (structure, PEER + structure)]
-    for name, file in zip((structure, PEER + structure), files, strict=True):
-        run(name, products=file)
-    return disagreement(structure, *map(load_file, files))
+def _check(peer: str, structures: Iterable[str], run: Callable[..., Record], folder: Path) -> float:
+    """The largest difference over structures and layers, relative, of a peer's and our products of observed labels."""
+    found = 0.0
+    for structure in structures:
+        files = [folder / f"{name}.safetensors" for name in (structure, peer + structure)]
+        for name, file in zip((structure, peer + structure), files, strict=True):
+            if not file.exists():
+                run(name, products=file)
+        found = max(found, disagreement(peer + structure, *map(load_file, files)))
+    return found
 
 
-def disagreement(structure: str, found: Directions, expected: Directions) -> float:
+def disagreement(whose: str, found: Directions, expected: Directions) -> float:
     """The largest relative difference over layers.
+
+    Args:
+        whose: the peer and the structure.
+        found: ours.
+        expected: the peer's.
 
     Raises:
         DisagreementError: it is too large.
     """
     largest = max(float((found[name] - v).norm() / v.norm()) for name, v in expected.items())
     if not largest <= AGREEMENT:
-        raise DisagreementError(f"language model: kronfluence's {structure} differs by {largest:.2e}")
+        raise DisagreementError(f"language model: {whose} differs by {largest:.2e}")
     return largest
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.errors import listed
+from fisherkit.memory import give_back
 from fisherkit.operators import EigenKroneckerOperator, FisherOperator, KroneckerOperator
 from fisherkit.operators.linalg import Spectrum, leading_spectrum, spectrum
 from fisherkit.processes import Processes
@@ -140,6 +141,8 @@ class SecondMoment:
         """
         if self.own is not None:
             matrix = mirrored(self._taken())
+            if self.width >= LARGE:
+                give_back(matrix.device)  # or the work space comes on top of what a pass has freed
             found = spectrum(matrix, call)
             return found._replace(basis=matrix.copy_(found.basis))
         if self.matrix is not None:

@@ -1,6 +1,7 @@
 """The benchmarks, and those of influence scores."""
 
 import gc
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -222,23 +223,35 @@ def test_steps__ours_is_the_one_by_hand_and_everybody_steps(name: str) -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("structure", language.PRODUCTS)
-def test_language__both_fit_the_same(structure: str) -> None:
-    if "kronfluence" in influence.missing():
-        pytest.skip("kronfluence is not installed")
+@pytest.mark.parametrize("whose", [peer + name for peer, names in language.PEERS.items() for name in names])
+def test_language__all_fit_the_same(whose: str) -> None:
+    library, structure = whose.split()
+    if library in influence.missing():
+        pytest.skip(f"{library} is not installed")
     size, found = language.SIZES["tiny"], []
-    for name in (structure, language.PEER + structure):
+    for name in (structure, whose):
         figures, product = language.once(language.contestant(name, observed=True), size, size.sequences, "cpu")
         assert figures["fit"] > 0
         found.append(product(language.directions(size)))
     assert list(found[0]) == [f"blocks.0.{layer}" for layer in ("attend", "project", "up", "down")]
-    assert language.disagreement(structure, *found) < 1e-4
-    with pytest.raises(DisagreementError, match=f"language model: kronfluence's {structure} differs by 9"):
-        language.disagreement(structure, found[0], {name: 1.01 * v for name, v in found[1].items()})
+    assert language.disagreement(whose, *found) < 1e-4
+    with pytest.raises(DisagreementError, match=f"language model: {whose} differs by 9"):
+        language.disagreement(whose, found[0], {name: 1.01 * v for name, v in found[1].items()})
+
+
+@pytest.mark.parametrize("whose", ["", language.BERGSON])
+def test_language__rows_are_stored(whose: str) -> None:
+    if whose.strip() in influence.missing():
+        pytest.skip("bergson is not installed")
+    made = language.contestant(whose + language.ROWS, observed=False)
+    assert language.once(made, language.SIZES["tiny"], 6, "cpu")[0]["fit"] > 0
 
 
 def test_language__is_judged_by_the_peer_and_a_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"diagonal": 1.0, "kronfluence diagonal": 2.0, "kfac": 1.0, "kronfluence kfac": 1.5}
+    seconds = {
+        "diagonal": 1.0, "kronfluence diagonal": 2.0, "kfac": 1.0, "kronfluence kfac": 1.5, "bergson kfac": 0.5,
+        "bergson ekfac": 1.5,
+    }  # fmt: skip
     peaks = {"diagonal": 130, "kfac": 100, language.STEP: 100}
 
     def child(size: str, name: str, *, products: Path | None = None, **_: Any) -> dict[str, float]:
@@ -249,6 +262,7 @@ def test_language__is_judged_by_the_peer_and_a_training_step(tmp_path: Path, mon
         return {"fit": seconds.get(name, 1.0), "peak": 1e6 * peaks.get(name, 200)}
 
     monkeypatch.setattr(influence, "missing", list)
+    monkeypatch.setattr(importlib.metadata, "version", lambda library: f"of {library}")
     monkeypatch.setattr(language, "_child", child)
     arguments = ["--part", "language", "--size", "small", "--rounds", "3", "--out", str(tmp_path)]
     run.main(["--workload", "W1", *arguments])
@@ -265,12 +279,15 @@ def test_language__is_judged_by_the_peer_and_a_training_step(tmp_path: Path, mon
         "memory": 0.65, "target": 1.8, "most_steps": 1.3, "met": True,
     }  # fmt: skip
     assert not figures["kfac"]["met"]
+    assert (figures["kfac"]["bergson"], figures[language.KEPT]["bergson"]) == (0.5, 1.5)
     assert "met" not in figures["ekfac"]
     assert record["errors"] == {"kronfluence ekfac": "its last line"}
     table = (tmp_path / "table.md").read_text("utf-8")
     assert "| small, fisherkit diagonal |" in table
     assert "| small, training step |" in table
-    assert "| 2.00× | 1.30× | 0.65× | ≥ 1.8×, ≤ 1.3 steps | yes |" in table
+    assert "| 2.00× |  | 1.30× | 0.65× | ≥ 1.8×, ≤ 1.3 steps | yes |" in table
+    assert "| 1.50× | 0.50× | 1.00× | 0.50× | ≥ 1.9× and 1×, ≤ 1.3 steps | **no** |" in table
+    assert "8 in a batch; products of kronfluence of kronfluence and ours differ by at most 0e+00; products" in table
     assert "; torch " in table
     assert "small: 2 blocks, width 128, vocabulary 1,024, 48 sequences of 64 tokens, 8 in a batch" in table
 
@@ -422,7 +439,7 @@ def test_influence__a_peer_that_fails_has_a_dash(monkeypatch: pytest.MonkeyPatch
     child = fake({"": torch.ones(5, 12)}, {})
 
     def failing(name: str, contestant: str, **others: Any) -> dict[str, float]:
-        if influence.is_peer(contestant):
+        if influence.peer_of(contestant):
             raise RuntimeError("a traceback\nits last line")
         return child(name, contestant, **others)
 
