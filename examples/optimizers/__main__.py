@@ -74,7 +74,7 @@ def table(out: Path, name: str, times: bool) -> str:
         name: of the task.
         times: whether to have a column of processor times, which other work on the machine disturbs.
     """
-    rows, title, costs = [], "", {}
+    rows, title, costs, goal = [], "", {}, math.inf
     for key, method in METHODS.items():
         grid = {rate: _read(path) for rate in method.rates if (path := _file(out, name, key, rate, 0)).exists()}
         best = chosen(grid)
@@ -84,18 +84,26 @@ def table(out: Path, name: str, times: bool) -> str:
         title, lost = next(iter(grid.values()))["title"], sum(found["diverged"] is not None for found in grid.values())
         runs = [_read(path) for path in paths]
         ended = [found for found in runs if found["diverged"] is None]
-        cells = ["diverged"] * 2
+        cells = ["diverged", "diverged", ""]
         if best is not None and len(ended) == len(SEEDS):
             costs[key] = fmean(found["milliseconds"] for found in ended)
             cells = [
                 _spread([found["losses"][-1] for found in ended], lambda x: f"{x:.2g}"),
                 _spread([100 * found["accuracy"] for found in ended], lambda x: f"{x:.1f}"),
             ]
+            goal = fmean(found["losses"][-1] for found in ended) if key == "adamw" else goal
+            needed = [first for found in ended if (first := epochs_to(goal, found["losses"])) is not None]
+            cells.append(f"{fmean(needed):.1f}" if len(needed) == len(ended) and goal < math.inf else "")
         edge = "" if best is None or best not in (min(method.rates), max(method.rates)) else "*"
         row = [method.name, "" if best is None else f"{edge}{best:g}{edge}", *cells, f"{lost} of {len(grid)}"]
         rows.append([*row, *([f"{costs[key] / costs['muon']:.1f}" if {key, "muon"} <= costs.keys() else ""] * times)])
-    header = ["", "learning rate", "training loss", "test accuracy, %", "diverged in the grid"]
+    header = ["", "learning rate", "training loss", "test accuracy, %", "epochs to AdamW's loss", "diverged in the grid"]
     return f"### {name}: {title}\n\n" + markdown([*header, *(["time a step / Muon's"] * times)], rows)
+
+
+def epochs_to(goal: float, losses: Sequence[float]) -> int | None:
+    """The epoch at whose end a loss is first no more than the goal; None if it never is."""
+    return next((epoch for epoch, loss in enumerate(losses) if loss <= goal), None)
 
 
 def _spread(values: Sequence[float], shown: Callable[[float], str]) -> str:
