@@ -75,10 +75,12 @@ def kfac_factors(of: Problem) -> list[tuple[Tensor, Tensor]]:
 
 
 def averaged_factors(seen: list[list[tuple[Tensor, Tensor]]], ema: float) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer, the mean of A and that of G over batches, in order, whose weights are ema to the power of their age."""
+    """Of each layer, the means of A and of G over batches, in order, weighed by ema to the power of their age."""
     weights = [ema**age for age in reversed(range(len(seen)))]
     return [
-        tuple(sum(w * one for w, one in zip(weights, side, strict=True)) / sum(weights) for side in zip(*own, strict=True))
+        tuple(
+            sum(w * one for w, one in zip(weights, side, strict=True)) / sum(weights) for side in zip(*own, strict=True)
+        )
         for own in zip(*seen, strict=True)
     ]  # type: ignore[misc]  # pairs
 

@@ -56,7 +56,9 @@ def layered(of: Problem, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
     found = torch.zeros(2 * [sum(len(a) * len(g) for a, g in factors)], dtype=torch.float64)
     for index, (a, g) in zip(modules(of), factors, strict=True):
         grid = torch.arange(len(index)).reshape(len(g), len(a))
-        found[index[:, None], index] = torch.kron(g, a)[order := torch.cat([grid[:, :-1].flatten(), grid[:, -1]])][:, order]
+        found[index[:, None], index] = torch.kron(g, a)[order := torch.cat([grid[:, :-1].flatten(), grid[:, -1]])][
+            :, order
+        ]
     return found
 
 
