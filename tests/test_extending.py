@@ -278,7 +278,7 @@ def test_structure__is_averaged_and_resumed_by_both_optimizers(ema: float) -> No
     of = problem("mlp")
     half = [Problem(of.model, of.inputs[t], of.targets[t]) for t in (slice(3), slice(3, 6))]
     means = [build(fk.EmpiricalFisher, part, structure="scalar").diagonal() for part in half]
-    average = ema * means[0] + (1 - ema) * means[1]
+    average = (ema * means[0] + means[1]) / (ema + 1)
     steps = []
     for stop in (False, True):
         preconditioner = fk.optim.Preconditioner(of.model, kind="ef", structure="scalar", damping=0.1, ema=ema)

@@ -74,6 +74,17 @@ def kfac_factors(of: Problem) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+def averaged_factors(seen: list[list[tuple[Tensor, Tensor]]], ema: float) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, the means of A and of G over batches, in order, weighed by ema to the power of their age."""
+    weights = [ema**age for age in reversed(range(len(seen)))]
+    return [
+        tuple(
+            sum(w * one for w, one in zip(weights, side, strict=True)) / sum(weights) for side in zip(*own, strict=True)
+        )
+        for own in zip(*seen, strict=True)
+    ]  # type: ignore[misc]  # pairs
+
+
 def by_layer(of: Problem, matrices: list[Tensor], vector: Tensor, damping: float) -> Tensor:
     """(⊕ Gᵢ ⊗ Aᵢ + λI)⁻¹ v, each layer's matrix over [weight | bias]."""
     result = []
@@ -89,11 +100,25 @@ def test_ema__averages_the_kronecker_factors() -> None:
     first, second = halves(problem("mlp"))
     factors, gradient = [kfac_factors(first), kfac_factors(second)], jacobian(second)[0].mean(0)
     found = after_both(fk.optim.Preconditioner(first.model, kind="ief", damping=LAMBDA, ema=0.7), first, second)
-    mixed = [
-        torch.kron(0.7 * g + 0.3 * g2, 0.7 * a + 0.3 * a2)
-        for (a, g), (a2, g2) in zip(factors[0], factors[1], strict=True)
-    ]
+    mixed = [torch.kron(g, a) for a, g in averaged_factors(factors, 0.7)]
     close(found, by_layer(first, mixed, gradient, LAMBDA))
+
+
+def test_ema__weighs_batches_by_their_age_alone() -> None:
+    of = problem("mlp")
+    seen = list[list[tuple[Tensor, Tensor]]]()
+    preconditioner = fk.optim.Preconditioner(of.model, kind="ief", damping=LAMBDA, ema=0.9)
+    for step in range(4):
+        with preconditioner.paused():
+            seen.append(kfac_factors(of))
+            gradient = jacobian(of)[0].mean(0)
+        of.model.zero_grad()
+        backward(of)
+        preconditioner.step()
+        mixed = [torch.kron(g, a) for a, g in averaged_factors(seen, 0.9)]
+        close(gradients(of.model), by_layer(of, mixed, gradient, LAMBDA))
+        with torch.no_grad():
+            of.model.get_parameter("0.weight").mul_(1.0 + 0.3 * step)
 
 
 def test_refresh_every__keeps_the_eigenbasis_and_renews_the_moments() -> None:
@@ -110,7 +135,7 @@ def test_refresh_every__keeps_the_eigenbasis_and_renews_the_moments() -> None:
             b = J[:, places(of)[f"{layer}.bias"]].unsqueeze(2)
             rows = torch.cat([w, b], 2).flatten(1) / s.sqrt()[:, None]
             moments.append((rows @ basis).square().mean(0))
-        mixed.append(basis @ torch.diag(0.6 * moments[0] + 0.4 * moments[1]) @ basis.T)
+        mixed.append(basis @ torch.diag((0.6 * moments[0] + moments[1]) / 1.6) @ basis.T)
     preconditioner = fk.optim.Preconditioner(
         first.model, kind="ief", structure="ekfac", damping=LAMBDA, ema=0.6, refresh_every=2
     )

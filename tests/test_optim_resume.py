@@ -191,7 +191,7 @@ def test_load__of_a_state_of_before_momentum_was_kept(momentum: float) -> None:
     old, new, whole = (Run({**SETTINGS["kfac"], "layer_rms": 0.1}, True) for _ in range(3))
     for run in (old, new, whole):
         assert run.preconditioner is not None
-        run.preconditioner._curvature.momentum = momentum
+        run.preconditioner._curvature.gradient_momentum = momentum
     old.steps(0, CUT)
     state = through_file(old.state())
     assert ("momentum" in state["preconditioner"]) == (momentum > 0)

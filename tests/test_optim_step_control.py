@@ -19,7 +19,7 @@ from tests.optim_loops import natural
 from tests.reference.fisher import Problem, block_indices
 from tests.reference.fisher import rows as reference_rows
 from tests.reference.outputs import EF
-from tests.test_optim_averages import gradients
+from tests.test_optim_averages import averaged_factors, gradients, kfac_factors
 
 
 def stepped(preconditioner: Any, of: Problem, reduction: str = "mean") -> Tensor:
@@ -51,6 +51,17 @@ def with_rms(of: Problem, update: Tensor, rms: float = 0.2) -> Tensor:
     return found
 
 
+def layered(of: Problem, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """⊕ G ⊗ A in the parameters' order, in which a layer's bias comes after its weight."""
+    found = torch.zeros(2 * [sum(len(a) * len(g) for a, g in factors)], dtype=torch.float64)
+    for index, (a, g) in zip(modules(of), factors, strict=True):
+        grid = torch.arange(len(index)).reshape(len(g), len(a))
+        found[index[:, None], index] = torch.kron(g, a)[order := torch.cat([grid[:, :-1].flatten(), grid[:, -1]])][
+            :, order
+        ]
+    return found
+
+
 # -- without a damping -------------------------------------------------------------------------------------------------
 
 
@@ -63,19 +74,23 @@ def test_defaults__are_of_each_layers_own_scale_and_length(kind: str, structure:
     close(stepped(preconditioner, of), with_rms(of, expected))
 
 
-def test_defaults__average_gradients_and_hold_the_fisher_for_ten_steps() -> None:
+def test_defaults__average_gradients_and_factors_and_renew_the_inverse_every_ten_steps() -> None:
     of = problem("mlp")
-    matrix, momentum = fisher(of, "ief", "kfac"), torch.zeros(())
+    seen, momentum = list[list[tuple[Tensor, Tensor]]](), torch.zeros(())
+    matrix = fisher(of, "ief", "kfac")
     preconditioner = fk.optim.Preconditioner(of.model)
-    for step in range(12):
+    for step in range(24):
         with preconditioner.paused():
-            momentum = 0.9 * momentum + jacobian(of)[0].mean(0)
-        found = stepped(preconditioner, of)
-        if step < 10:
-            close(found, with_rms(of, by_layer(of, matrix, momentum, 0.3)))
+            g = jacobian(of)[0].mean(0)
+            momentum = 0.9 * momentum + g
+            if step % 5 == 0:
+                seen.append(kfac_factors(of))
+        if step in (10, 20):
+            matrix = layered(of, averaged_factors(seen, 0.95))
+        close(stepped(preconditioner, of), with_rms(of, by_layer(of, matrix, g + 0.9 * momentum, 0.3)))
         with torch.no_grad():
             of.model.get_parameter("2.weight").mul_(1.05)
-    assert preconditioner.state_dict()["updates"] == 2
+    assert preconditioner.state_dict()["updates"] == len(seen) == 5
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -89,10 +104,11 @@ def test_defaults__give_way_to_what_is_passed(reduction: str) -> None:
         ({"trust_region": 0.25 * float(expected @ matrix @ expected)}, expected / 2),
     ):  # fmt: skip
         close(stepped(fk.optim.Preconditioner(of.model, **options, **own), of, reduction), what)
-    free = fk.optim.Preconditioner(of.model, trust_region=math.inf, momentum=0.5, update_every=3, reduction=reduction)
+    own = {"gradient_momentum": 0.5, "update_every": 3, "refresh_every": 1}
+    free = fk.optim.Preconditioner(of.model, trust_region=math.inf, reduction=reduction, **own)
     expected = by_layer(of, matrix, g, 0.3)
     for times in (1, 1.5, 1.75, 1.875):
-        close(stepped(free, of, reduction), times * expected)
+        close(stepped(free, of, reduction), (1 + 0.5 * times) * expected)
     assert free.state_dict()["updates"] == 2
 
 

@@ -74,28 +74,64 @@ def table(out: Path, name: str, times: bool) -> str:
         name: of the task.
         times: whether to have a column of processor times, which other work on the machine disturbs.
     """
-    rows, title, costs = [], "", {}
-    for key, method in METHODS.items():
-        grid = {rate: _read(path) for rate in method.rates if (path := _file(out, name, key, rate, 0)).exists()}
-        best = chosen(grid)
-        paths = [] if best is None else [_file(out, name, key, best, seed) for seed in SEEDS]
-        if len(grid) < len(method.rates) or not all(path.exists() for path in paths):
-            continue
+    rows, title = [], ""
+    ends = {key: found for key in METHODS if (found := _ends(out, name, key)) is not None}
+    for key, (grid, best, runs) in ends.items():
+        method = METHODS[key]
         title, lost = next(iter(grid.values()))["title"], sum(found["diverged"] is not None for found in grid.values())
-        runs = [_read(path) for path in paths]
-        ended = [found for found in runs if found["diverged"] is None]
-        cells = ["diverged"] * 2
-        if best is not None and len(ended) == len(SEEDS):
-            costs[key] = fmean(found["milliseconds"] for found in ended)
-            cells = [
-                _spread([found["losses"][-1] for found in ended], lambda x: f"{x:.2g}"),
-                _spread([100 * found["accuracy"] for found in ended], lambda x: f"{x:.1f}"),
-            ]
         edge = "" if best is None or best not in (min(method.rates), max(method.rates)) else "*"
+        cells = ["diverged", "diverged", ""]
+        if runs:
+            cells = [
+                _spread([found["losses"][-1] for found in runs], lambda x: f"{x:.2g}"),
+                _spread([100 * found["accuracy"] for found in runs], lambda x: f"{x:.1f}"),
+                _needed(runs, ends["adamw"][2]) if "adamw" in ends else "",
+            ]
         row = [method.name, "" if best is None else f"{edge}{best:g}{edge}", *cells, f"{lost} of {len(grid)}"]
-        rows.append([*row, *([f"{costs[key] / costs['muon']:.1f}" if {key, "muon"} <= costs.keys() else ""] * times)])
-    header = ["", "learning rate", "training loss", "test accuracy, %", "diverged in the grid"]
+        usual = ends["muon"][2] if "muon" in ends else []
+        ratio = f"{_milliseconds(runs) / _milliseconds(usual):.1f}" if runs and usual else ""
+        rows.append([*row, *([ratio] * times)])
+    header = [
+        "",
+        "learning rate",
+        "training loss",
+        "test accuracy, %",
+        "epochs to AdamW's loss",
+        "diverged in the grid",
+    ]
     return f"### {name}: {title}\n\n" + markdown([*header, *(["time a step / Muon's"] * times)], rows)
+
+
+def _ends(out: Path, name: str, key: str) -> tuple[dict[float, Run], float | None, list[Run]] | None:
+    """Seed 0's runs by learning rate, which was chosen, and its runs of all other seeds if none diverged.
+
+    None where some are not there.
+    """
+    rates = METHODS[key].rates
+    grid = {rate: _read(path) for rate in rates if (path := _file(out, name, key, rate, 0)).exists()}
+    best = chosen(grid)
+    paths = [] if best is None else [_file(out, name, key, best, seed) for seed in SEEDS]
+    if len(grid) < len(rates) or not all(path.exists() for path in paths):
+        return None
+    runs = [_read(path) for path in paths]
+    return grid, best, [] if any(found["diverged"] is not None for found in runs) else runs
+
+
+def _needed(runs: Sequence[Run], usual: Sequence[Run]) -> str:
+    """The mean number of epochs to the loss that AdamW ends at with the same seed; nothing where one never is there."""
+    pairs = zip(runs, usual, strict=False)  # of none if AdamW diverged
+    found = [epochs_to(other["losses"][-1], own["losses"]) for own, other in pairs]
+    known = [epoch for epoch in found if epoch is not None]
+    return f"{fmean(known):.1f}" if known and len(known) == len(found) else ""
+
+
+def _milliseconds(runs: Sequence[Run]) -> float:
+    return fmean(found["milliseconds"] for found in runs)
+
+
+def epochs_to(goal: float, losses: Sequence[float]) -> int | None:
+    """The epoch at whose end a loss is first no more than the goal; None if it never is."""
+    return next((epoch for epoch, loss in enumerate(losses) if loss <= goal), None)
 
 
 def _spread(values: Sequence[float], shown: Callable[[float], str]) -> str:

@@ -20,9 +20,21 @@ SYMBOLS, LENGTH = 64, 64
 """Of the language model: how many characters it knows, the last for all others, and of how many a sequence is made."""
 
 
-def mlp(seed: int = 0) -> Task:
-    """A multilayer perceptron on MNIST-1D."""
+HELD_OUT = 10_000
+"""Examples of MNIST-1D; with the 1,000 that come with it, an accuracy of 70 % is uncertain by 1.4 points."""
+
+
+def cnn(seed: int = 0) -> Task:
+    """The convolutions of `examples.shared.tasks`, tested on more examples of the same generator."""
     of = tasks.mnist1d(seed)
+    test = tasks.generated(seed + 1000, HELD_OUT)
+    title = f"three convolutions and a linear layer on MNIST-1D, {sizes(of.build(0), of.train, test)}"
+    return _with_batch(replace(of, name="cnn", title=title, test=test), 100)
+
+
+def mlp(seed: int = 0) -> Task:
+    """A multilayer perceptron on the same data."""
+    of = cnn(seed)
     train, test = (Split(part.inputs.flatten(1), part.labels) for part in (of.train, of.test))  # type: ignore[union-attr]  # one tensor
     build = seeded(
         lambda: nn.Sequential(nn.Linear(40, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -105,7 +117,7 @@ def _with_batch(task: Task, batch: int) -> Task:
 TASKS: Mapping[str, tuple[Callable[[], Task], int]] = {
     "digits": (tasks.digits, 12),
     "mlp": (mlp, 12),
-    "cnn": (lambda: replace(_with_batch(tasks.mnist1d(), 100), name="cnn"), 12),
+    "cnn": (cnn, 12),
     "text": (text, 8),
     "lora": (lambda: replace(tasks.docstring_text(), name="lora"), 3),
     "text-large": (lambda: text(large=True), 8),

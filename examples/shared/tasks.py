@@ -176,19 +176,8 @@ def _indexed(inputs: Inputs, index: Tensor) -> Inputs:
 
 def mnist1d(seed: int = 0) -> Task:
     """A convolutional network on MNIST-1D, which its package makes, trained by AdamW."""
-    import numpy as np
-    from mnist1d.data import get_dataset_args, make_dataset
-
-    settings = get_dataset_args()
-    settings.seed += seed
-    with untouched_rng([]):  # the package seeds and uses the global generators
-        found = make_dataset(settings)
-
-    def part(suffix: str) -> Split:
-        inputs = torch.as_tensor(np.asarray(found[f"x{suffix}"]), dtype=torch.float32).unsqueeze(1)
-        return Split(inputs, torch.as_tensor(np.asarray(found[f"y{suffix}"]), dtype=torch.long))
-
-    train, test = part(""), part("_test")
+    whole = generated(seed, 5000)
+    train, test = (Split(*whole.take(torch.arange(start, end))) for start, end in ((0, 4000), (4000, 5000)))
     build = seeded(
         lambda: nn.Sequential(
             nn.Conv1d(1, 25, 5, stride=2, padding=2), nn.ReLU(), nn.Conv1d(25, 25, 3, stride=2, padding=1), nn.ReLU(),
@@ -197,6 +186,19 @@ def mnist1d(seed: int = 0) -> Task:
     )  # fmt: skip
     title = f"three convolutions and a linear layer on MNIST-1D, {sizes(build(0), train, test)}"
     return Task("mnist1d", title, train, test, build, Recipe("AdamW", 3e-3, 64, (0, 1, 5, 15, 30, 60)))
+
+
+def generated(seed: int, count: int) -> Split:
+    """So many examples of MNIST-1D, ``[count, 1, 40]``."""
+    import numpy as np
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    settings = get_dataset_args()
+    settings.seed, settings.num_samples = settings.seed + seed, count
+    with untouched_rng([]):  # the package seeds and uses the global generators
+        found = make_dataset(settings)
+    inputs, labels = (np.concatenate([found[name], found[f"{name}_test"]]) for name in "xy")
+    return Split(torch.as_tensor(inputs, dtype=torch.float32).unsqueeze(1), torch.as_tensor(labels, dtype=torch.long))
 
 
 # -- docstrings --------------------------------------------------------------------------------------------------------

@@ -57,9 +57,10 @@ class LayerDamping:
 
 
 class Averages:
-    """F in a structure of layers, averaged over updates: F ← ema · F + (1 − ema) · F_batch, the first as it is.
+    """F in a structure of layers, averaged over updates: Σ_k emaᵏ F_k / Σ_k emaᵏ, F_k of the batch k updates ago.
 
-    Kronecker factors are averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
+    The first batch has no more weight than its age gives it (bias correction, as in Adam). Kronecker factors are
+    averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
     ``settings`` are the structure's; ``records`` are of the last update, by unit and label.
     """
 
@@ -77,13 +78,14 @@ class Averages:
         """With the rows of a batch of N examples, of which each of some processes has a part, over all parameters."""
         structure = replace(self.structure.of(plan, **self.settings, processes=processes), space=space)
         due = self.updates % self.refresh_every == 0
+        ema = self.ema * (1 - self.ema**self.updates) / (1 - self.ema ** (self.updates + 1))
         records: dict[tuple[Names, str], UnitSums] = {}
         sums: Any = structure.empty()
         with checked_together():  # all factors' decompositions with one wait for the device
             while sums is not None:
                 added: LayerSums = sums.added(chunks)
                 added = added if processes is None else added.met(processes)
-                found = added.averaged(self.records, self.ema, 1 / examples, due)
+                found = added.averaged(self.records, ema, 1 / examples, due)
                 records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
                 sums = structure.next_pass(found)
         self.records, self._space = records, None

@@ -67,7 +67,7 @@ class Curvature:
     def __init__(
         self, model: nn.Module, *, params: Selection, rule: OutputRule, likelihood: str | Likelihood | nn.Module,
         structure: str, gram: bool, reduction: str, ema: float, update_every: int, refresh_every: int,
-        kfac_positions: str, max_rank: int | None, group: Group, call: str, momentum: float = 0.0,
+        kfac_positions: str, max_rank: int | None, group: Group, call: str, gradient_momentum: float = 0.0,
     ) -> None:  # fmt: skip
         check_choice(call, "reduction", reduction, ("mean", "sum"))
         check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
@@ -82,19 +82,19 @@ class Curvature:
         check_count(call, "update_every", update_every)
         check_count(call, "refresh_every", refresh_every)
         check_count(call, "max_rank", max_rank, optional=True)
-        for name, value in (("ema", ema), ("momentum", momentum)):
+        for name, value in (("ema", ema), ("gradient_momentum", gradient_momentum)):
             if not is_number(value) or not 0 <= value < 1:
                 raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected="a number from 0 to below 1")
-        if chosen.keeps_rows and (ema > 0 or update_every > 1 or momentum > 0):
+        if chosen.keeps_rows and (ema > 0 or update_every > 1 or gradient_momentum > 0):
             got = f"structure={structure!r} with ema={ema} and update_every={update_every}"
             raise InvalidArgumentError(
-                call=call, got=got + (f" and momentum={momentum}" if momentum else ""),
-                expected=f"ema=0 and update_every=1{' and momentum=0' if momentum else ''}",
+                call=call, got=got + (f" and gradient_momentum={gradient_momentum}" if gradient_momentum else ""),
+                expected=f"ema=0 and update_every=1{' and gradient_momentum=0' if gradient_momentum else ''}",
                 why="its rows are those of one batch",
                 try_='structure="kfac" or "ekfac"',
             )  # fmt: skip
         self.call, self.structure, self.gram, self.reduction = call, structure, gram, reduction
-        self.update_every, self.momentum = update_every, momentum
+        self.update_every, self.gradient_momentum = update_every, gradient_momentum
         self.rule = rule
         self._power = rule.gradient_power if gram and chosen.keeps_rows else None
         self.capture = (Replay if is_fully_sharded(model) else Capture)(
@@ -334,11 +334,11 @@ class Curvature:
                 self._inverse = effective, effective.factorize(self._operator)
             else:
                 self._inverse = effective, [self._operator.factorize(effective)]
-        if self.momentum:
-            old, mu = self._momentum, self.momentum
+        if mu := self.gradient_momentum:
+            old = self._momentum
             new = [g.add(old[n], alpha=mu) if n in old else g for n, g in space.unflatten(gradient).items()]
-            gradient = torch.cat([m.flatten() for m in new])
-            self._momentum = space.unflatten(gradient)
+            buffer = torch.cat([m.flatten() for m in new])
+            self._momentum, gradient = space.unflatten(buffer), gradient.add(buffer, alpha=mu)
         return damped(space, self._inverse[1], gradient)
 
     def _effective(self, damping: Damping) -> Damping:
@@ -436,7 +436,7 @@ class Curvature:
             known = dict(json.loads(state["parameters"])) if "parameters" in state else own
             fits = known == own
             records = self.averages.read(state["averages"] if fits else [], parameters)
-            momentum = state.get("momentum", {}) if fits and self.momentum else {}
+            momentum = state.get("momentum", {}) if fits and self.gradient_momentum else {}
             of = {name: parameters[name] for name in momentum}
             kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # without a checksum

@@ -57,7 +57,8 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         damping: λ beside F, or `fisherkit.RelativeDamping`, or for structures of layers `LayerDamping`.
         gram_damping: λ beside the Gram matrix of unreduced gradients.
         weight_decay: decoupled: θ ← (1 − lr · weight_decay) θ before the step.
-        momentum: μ of m ← μ m + Δ, which takes Δ's place.
+        momentum: μ of m ← μ m + Δ, which takes Δ's place: *after* the product with the inverse, where the
+            ``gradient_momentum`` of `Preconditioner` is before it.
         likelihood: the loss module that you train with, or a name or object as for `fisherkit.FisherApproximation`.
             Your loss must be its loss, times anything that is the same for all positions of an example. With "gaussian"
             and "poisson" its factor cannot be seen: for "gaussian" the loss must be
@@ -70,7 +71,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
             "nkp", "diagonal", or a structure of layers of your own.
         params: None for all parameters, names, a predicate ``(name, parameter) -> bool``, or parameter groups in
             torch's form. Parameters that do not require a gradient are left alone until they do.
-        ema: for structures of layers, the weight of what was before in running averages.
+        ema: for structures of layers, the weight of a batch in running averages beside that of the next.
         update_every: for these, steps between updates.
         refresh_every: updates between eigen-decompositions.
         kfac_positions: "expand" or "reduce".

@@ -25,7 +25,7 @@ from fisherkit.wrappers import local, shard_like
 
 CALL = "Preconditioner"
 
-DAMPING, MOMENTUM, LAYER_RMS, EMA, UPDATE_EVERY = LayerDamping(0.3), 0.9, 0.2, 0.8, 10
+DAMPING, MOMENTUM, LAYER_RMS, EMA, UPDATE_EVERY, REFRESH_EVERY = LayerDamping(0.3), 0.9, 0.2, 0.95, 5, 2
 """Without a damping of yours."""
 
 
@@ -37,9 +37,10 @@ class Preconditioner(Watching):
         loss.backward(); preconditioner.step(); optimizer.step(); optimizer.zero_grad()
 
     Without ``damping=`` and ``gram_damping=``, for structures of layers, all that is left to choose is the optimizer's
-    learning rate, on the scale of AdamW's and Muon's: ``damping`` is ``LayerDamping(0.3)``, ``momentum`` 0.9,
-    ``layer_rms`` 0.2, ``ema`` 0.8 and ``update_every`` 10, each unless you pass your own. The optimizer that follows
-    needs no momentum then, and its learning rate must fall while you train, since steps get shorter by nothing else.
+    learning rate, on the scale of AdamW's and Muon's: ``damping`` is ``LayerDamping(0.3)``, ``gradient_momentum`` 0.9,
+    ``layer_rms`` 0.2, ``ema`` 0.95, ``update_every`` 5 and ``refresh_every`` 2, each unless you pass your own. The
+    optimizer that follows needs no momentum then, and its learning rate must fall while you train, since steps get
+    shorter by nothing else.
 
     With ``kind="ief"`` and Kronecker factors this is the paper's ieKFAC (Wu, Yu, Zhang, Woodland, arXiv 2406.06420,
     eq. 43): each example's output gradient is divided by the norm of its logit gradient, activations are as in KFAC.
@@ -56,13 +57,14 @@ class Preconditioner(Watching):
         damping: λ beside F, or `fisherkit.RelativeDamping`, or for structures of layers `LayerDamping`.
         gram_damping: λ beside the sum over examples instead of the mean; for EF and iEF in the full and block
             structures, the paper's update, which ``.grad`` is then replaced by.
-        ema: weight of what was before in running averages; None for 0.95 beside a damping of yours, and for 0 with full
-            and block, whose rows are those of a batch.
+        ema: weight of a batch in running averages beside that of the next; None for 0.95, and for 0 with full and
+            block, whose rows are those of a batch.
         update_every: steps between updates, more than 1 for structures of layers; 1 beside a damping of yours.
-        refresh_every: updates between eigen-decompositions.
+        refresh_every: updates between eigen-decompositions; 1 beside a damping of yours.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
-        momentum: μ of m ← μ m + ∇L, which takes the place of ∇L before the product with the inverse, for structures of
-            layers; None for 0 beside a damping of yours.
+        gradient_momentum: μ of m ← μ m + ∇L, with ∇L + μ m in the place of ∇L *before* the product with the inverse
+            (Nesterov's, as Muon's), for structures of layers; None for 0 beside a damping of yours. The ``momentum`` of
+            `NaturalGradient`, and of the optimizer that follows, adds up what comes *after* it.
         layer_rms: root mean square that each module's gradients are scaled to, as a last step (grafting of the norm:
             0.2 is that of AdamW's updates, and of Muon's with ``adjust_lr_fn="match_rms_adamw"``), so that the learning
             rate alone says how long steps are. A module whose gradient is 0 stays where it is, whatever its momentum.
@@ -99,9 +101,9 @@ class Preconditioner(Watching):
         params: Selection = None,
         ema: float | None = None,
         update_every: int | None = None,
-        refresh_every: int = 1,
+        refresh_every: int | None = None,
         trust_region: float | None = None,
-        momentum: float | None = None,
+        gradient_momentum: float | None = None,
         layer_rms: float | None = None,
         lr: float | Callable[[], float] = 1.0,
         kfac_positions: str = "expand",
@@ -113,7 +115,8 @@ class Preconditioner(Watching):
         chosen = structure_named(structure, CALL)
         if damping is None and gram_damping is None and not chosen.keeps_rows:
             damping, update_every = DAMPING, UPDATE_EVERY if update_every is None else update_every
-            momentum, ema = (MOMENTUM if momentum is None else momentum), (EMA if ema is None else ema)
+            refresh_every = REFRESH_EVERY if refresh_every is None else refresh_every
+            gradient_momentum = MOMENTUM if gradient_momentum is None else gradient_momentum
             layer_rms = LAYER_RMS if layer_rms is None and trust_region is None else layer_rms
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         if layer_rms is not None and not (is_number(layer_rms) and 0 < layer_rms < math.inf and trust_region is None):
@@ -128,10 +131,12 @@ class Preconditioner(Watching):
         self._curvature = Curvature(
             model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
             likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
-            ema=ema if ema is not None else 0.0 if chosen.keeps_rows else 0.95,
-            update_every=1 if update_every is None else update_every, refresh_every=refresh_every,
+            ema=ema if ema is not None else 0.0 if chosen.keeps_rows else EMA,
+            update_every=1 if update_every is None else update_every,
+            refresh_every=1 if refresh_every is None else refresh_every,
             kfac_positions=kfac_positions, max_rank=max_rank,
-            group=group, call=CALL, momentum=0.0 if momentum is None else momentum,
+            group=group, call=CALL,
+            gradient_momentum=0.0 if gradient_momentum is None else gradient_momentum,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -139,8 +144,8 @@ class Preconditioner(Watching):
         own = self._curvature
         return (
             f"Preconditioner(kind={own.rule.kind_name!r}, structure={own.structure!r}, damping={self.damping}, "
-            f"trust_region={self.trust_region}, momentum={own.momentum}, layer_rms={self.layer_rms}, "
-            f"update_every={own.update_every})"
+            f"trust_region={self.trust_region}, gradient_momentum={own.gradient_momentum}, "
+            f"layer_rms={self.layer_rms}, update_every={own.update_every})"
         )
 
     @torch.no_grad()

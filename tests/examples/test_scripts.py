@@ -17,7 +17,7 @@ from examples.demo import __main__ as demo
 from examples.demo.digits import Digits, train
 from examples.demo.measure import KINDS, STRUCTURES, project
 from examples.demo.pictures import PICTURES
-from examples.optimizers.__main__ import chosen, main
+from examples.optimizers.__main__ import SEEDS, chosen, epochs_to, main, table
 from examples.optimizers.methods import METHODS, share
 from examples.optimizers.tasks import TASKS
 from examples.paper.optimisation_training import fit
@@ -178,6 +178,25 @@ def test_chosen__is_the_least_loss_of_runs_that_ended() -> None:
     }
     assert chosen(runs) == 0.3
     assert chosen({1.0: runs[1.0]}) is None
+
+
+def test_epochs_to__is_the_first_that_ends_at_the_loss_or_below() -> None:
+    assert [epochs_to(goal, [2.0, 1.0, 1.5, 0.5]) for goal in (2.0, 1.0, 0.9, 0.5, 0.4)] == [0, 1, 3, 3, None]
+
+
+def test_table__has_the_epochs_to_the_loss_of_adamw_with_the_same_seed(tmp_path: Path) -> None:
+    ends = {"sgd": 4.0, "adamw": 3.0, "muon": 1.0}
+    for key, end in ends.items():
+        rates = METHODS[key].rates
+        for rate, seed in [*((rate, 0) for rate in rates), *((rates[0], seed) for seed in SEEDS)]:
+            losses = [9.0, 4.0 + seed, end + seed]
+            lost = "at step 3" if rate != rates[0] and key == "sgd" else None
+            found = {"losses": losses, "accuracy": 0.5, "milliseconds": 6 / end, "diverged": lost, "title": "few"}
+            (tmp_path / f"digits-{key}-{rate:g}-{seed}.json").write_text(json.dumps(found))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(tmp_path, "digits", True).splitlines()]
+    assert {row[0]: row[4:] for row in rows if len(row) > 1 and row[0] in ("SGD, momentum", "AdamW", "Muon")} == {
+        "SGD, momentum": ["", "3 of 4", "0.2"], "AdamW": ["2.0", "0 of 4", "0.3"], "Muon": ["2.0", "0 of 4", "1.0"],
+    }  # fmt: skip
 
 
 @pytest.mark.smoke
