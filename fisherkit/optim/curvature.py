@@ -168,7 +168,8 @@ class Curvature:
         return {
             "kind": (rule.kind_name, rule.kind_options()), "structure": self.structure, "gram_damping": self.gram,
             "likelihood": self.capture.likelihood.recorded, "reduction": self.reduction, "ema": averages.ema,
-            "update_every": self.update_every, "refresh_every": averages.refresh_every, "momentum": self.gradient_momentum,
+            "update_every": self.update_every, "refresh_every": averages.refresh_every,
+            "gradient_momentum": self.gradient_momentum,
             "kfac_positions": "reduce" if averages.settings["reduce"] else "expand",
             "max_rank": averages.settings["max_rank"],
             "number of steps": self.steps, "number of updates": averages.updates,
