@@ -127,12 +127,10 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
             one.put_back()
 
 
-def functional_call(
-    model: nn.Module, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
-    """What a model returns with other values of some parameters or buffers, in every place that has them.
+def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """A model as a function, with other values of some parameters or buffers in every place that has them.
 
-    As `torch.func.functional_call`, which loses a module's parameters where the module goes by two names.
+    As `torch.func.functional_call` calls it, which loses a module's parameters where the module goes by two names.
 
     Raises:
         RuntimeError: a scripted module, whose parameters cannot be replaced.
@@ -150,13 +148,17 @@ def functional_call(
         for name, tensor in held.items()
         if id(tensor) in new
     ]
-    try:
-        for held, name, tensor in places:
-            held[name] = new[id(tensor)]  # type: ignore[assignment]  # a plain tensor in a parameter's place
-        return model(*args, **kwargs)
-    finally:
-        for held, name, tensor in places:
-            held[name] = tensor  # type: ignore[assignment]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            for held, name, tensor in places:
+                held[name] = new[id(tensor)]  # type: ignore[assignment]  # a plain tensor in a parameter's place
+            return model(*args, **kwargs)
+        finally:
+            for held, name, tensor in places:
+                held[name] = tensor  # type: ignore[assignment]
+
+    return call
 
 
 class _Kept:

@@ -18,7 +18,7 @@ from torch.func import vjp, vmap
 
 from fisherkit.data import Batch
 from fisherkit.rows.base import TILE, spans
-from fisherkit.rows.differentiable import functional_call, kept_whole, pulled_back
+from fisherkit.rows.differentiable import kept_whole, pulled_back, with_values
 
 QUICK = 4e-3
 """Seconds of an example's loop below which calls and not arithmetic are what it takes: vectorising always pays."""
@@ -73,7 +73,7 @@ def vectorised_rows(
         single = rebuild([leaf.unsqueeze(0) for leaf in example])
 
         def forward(values: Mapping[str, Tensor]) -> Tensor:
-            return single.call(lambda *a, **kw: functional_call(model, {**rest, **values}, a, kw))[0]
+            return single.call(with_values(model, {**rest, **values}))[0]
 
         pull = vjp(forward, dict(parameters))[1]
         (gradients,) = vmap(pull)(vectors)

@@ -245,10 +245,9 @@ class Recorder(TorchFunctionMode):
         self._see(func, args, {}, output)
         status = self._tracker.status(output[0])
         axis = status if isinstance(status, Axis) else None
-        for one in maps:
-            if any(self._derivations.of(w) is not None for w in (one.weight, one.bias)):
-                arguments = {"input": one.input, "weight": one.weight, "bias": one.bias}
-                self._note(RECURRENT[func], arguments, one.output, axis=axis)
+        for arguments, made in maps:
+            if any(self._derivations.of(arguments[name]) is not None for name in ("weight", "bias")):
+                self._note(RECURRENT[func], arguments, made, axis=axis)
         return output
 
     def _leave(self, operands: Operands) -> None:

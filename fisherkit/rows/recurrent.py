@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,19 +21,11 @@ class RecurrentRule(LinearRule):
     """A linear map inside of a recurrent layer's kernel; its bias is the layer's own."""
 
 
-@dataclass(frozen=True)
-class LinearMap:
-    """Output = input Wᵀ + b at all steps of one layer in one direction, as far as gradients go.
+LinearMap = tuple[dict[str, Any], Tensor]
+"""Arguments of the rule, and the output, of input Wᵀ + b at all steps of one layer in one direction.
 
-    The input is ``[B, T, I]``, ``[T, B, I]`` where steps come first, or ``[E, I]`` of packed sequences, without a
-    graph.
-    """
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    output: Tensor
-
+The input is ``[B, T, I]``, ``[T, B, I]`` where steps come first, or ``[E, I]`` of packed sequences, without a graph.
+"""
 
 Steps = tuple[Callable[[Tensor], Sequence[Tensor]], Callable[[list[Tensor]], Tensor]]
 """A tensor to its steps and back: along an axis, or one behind the other, of as many sequences as have them."""
@@ -113,12 +104,12 @@ def _layer(
             new = torch.addmm(places[t], new, w_hr.t())
         outputs[t] = new
         h, c = (new, memory) if count == len(h) else (torch.cat([new, h[count:]]), torch.cat([memory, c[count:]]))
-    maps = [
-        LinearMap(x.detach(), w_ih, b_ih, given),
-        LinearMap(joined(before), w_hh, b_hh, added),
+    maps: list[LinearMap] = [
+        ({"input": x.detach(), "weight": w_ih, "bias": b_ih}, given),
+        ({"input": joined(before), "weight": w_hh, "bias": b_hh}, added),
     ]
     if projected is not None and w_hr is not None:
-        maps.append(LinearMap(joined(inner), w_hr, None, projected))
+        maps.append(({"input": joined(inner), "weight": w_hr, "bias": None}, projected))
     return joined(outputs), (h, c), maps
 
 

@@ -34,7 +34,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.company import Company
-from fisherkit.rows.differentiable import differentiable, functional_call
+from fisherkit.rows.differentiable import differentiable, with_values
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem, Tally
 from fisherkit.rows.record import Recorder
@@ -264,12 +264,12 @@ def _one_column(
     plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D 1"], metric: Metric, watch: bool
 ) -> tuple[Float[Tensor, "D 1"], Watched | None]:
     """One forward pass carries the tangents and leaves the graph to go back through."""
-    forward, parameters = _forward(plan, space)
+    parameters = _detached(plan, space)
     with forward_ad.dual_level():
         tangents = space.unflatten(u[:, 0])
         # Leaves themselves, so that what watches sees parameters and not something made of them.
         leaves = {n: forward_ad.make_dual(p, tangents[n]).requires_grad_() for n, p in parameters.items()}
-        model = forward(leaves)
+        model = with_values(plan.model, leaves)
         own = batch.fresh()
         seen = Watched.of(model, Recorder({}, batch.size, own.batched), own) if watch else None
         z = own.handed(model) if seen is None else seen.z
@@ -285,10 +285,10 @@ def _columns(
     plan: Plan, space: ParameterSpace, batch: Batch, u: Float[Tensor, "D K"], metric: Metric
 ) -> Float[Tensor, "D K"]:
     """Tangents and cotangents vectorised over the columns."""
-    of, parameters = _forward(plan, space)
+    parameters = _detached(plan, space)
 
     def forward(values: Mapping[str, Tensor]) -> Tensor:
-        return batch.call(of(values))
+        return batch.call(with_values(plan.model, values))
 
     z, pull = vjp(forward, parameters)[:2]
     parts = []
@@ -332,13 +332,6 @@ def _agrees(plan: Plan, space: ParameterSpace, row_products: Callable[[Tensor, T
     return False
 
 
-def _forward(
-    plan: Plan, space: ParameterSpace
-) -> tuple[Callable[[Mapping[str, Tensor]], Callable[..., Any]], dict[str, Tensor]]:
-    """The model as a function of its parameters, and their values."""
-    parameters = {name: plan.parameters[name].detach() for name in space.names}
-
-    def forward(values: Mapping[str, Tensor]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: functional_call(plan.model, values, args, kwargs)
-
-    return forward, parameters
+def _detached(plan: Plan, space: ParameterSpace) -> dict[str, Tensor]:
+    """Values of the parameters, without a graph."""
+    return {name: plan.parameters[name].detach() for name in space.names}

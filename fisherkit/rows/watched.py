@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from fisherkit.data import Batch
 from fisherkit.errors import ModelError, listed
 from fisherkit.rows.batch_axis import Axis
-from fisherkit.rows.differentiable import functional_call, kept_whole, pulled_back, version_of
+from fisherkit.rows.differentiable import kept_whole, pulled_back, version_of, with_values
 from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
@@ -274,7 +274,7 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
         for name, p in unused.items()
     }
     with kept_whole(model):
-        again = batch.call(lambda *args, **kwargs: functional_call(model, moved, args, kwargs)).detach()
+        again = batch.call(with_values(model, moved)).detach()
     if again.shape == z.shape and bool((again - z).norm() <= 1e-6 * z.norm()):
         return
     raise ModelError(
