@@ -24,6 +24,7 @@ from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOp
 from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import check_finite, checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
+from fisherkit.operators.persistence import is_own
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
@@ -300,17 +301,23 @@ class Builder:
         """
         live = LiveBytes()
 
+        def add(chunks: Iterator[Chunk]) -> Sums | None:
+            if structure.summed(problem) <= self.budget:
+                return structure.empty(problem).added(chunks)
+            deque(chunks, 0)  # sums that are refused may not even fit the machine
+            return None
+
         def twice() -> Iterator[Chunk]:
             yield from problem.first_chunks()
             live.restart()  # now the sums are there
             yield from problem.first_chunks()
 
         with live:
-            sums = structure.empty(problem).added(twice())
+            sums = add(twice())
         memory = live.most - live.now
         del sums
         start = now(structure.device)
-        structure.empty(problem).added(problem.first_chunks())
+        add(problem.first_chunks())
         seconds, size = now(structure.device) - start, problem.first_size
         examples = problem.source.expected()
         if examples is None:
@@ -373,6 +380,13 @@ class Builder:
                     check_finite(operator._diagonal(), "F")
             except NonFiniteError as error:
                 raise _overflow(structure, error, operator) from error
+            if not is_own(type(structure)) and operator.nbytes > self.budget >= structure.bytes(self.problem):
+                raise MemoryBudgetError(
+                    f'structure="{structure.name}"', f"an operator of {readable(operator.nbytes)}",
+                    f"at most memory_budget = {readable(self.budget)}",
+                    why=f"the structure's `bytes` said {readable(structure.bytes(self.problem))}",
+                    try_="`bytes` of the structure's own class",
+                )  # fmt: skip
             with checked_before():
                 return operator, structure.parts(sums, operator), tally, sums.dropped_share
         except BetterPlanError as found:

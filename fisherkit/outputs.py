@@ -281,7 +281,6 @@ class OutputRule(ABC):
         positionwise: whether every position has vectors of its own (kinds whose output Fisher is block-diagonal).
         needs_targets: whether observed labels are used.
         random: whether vectors depend on a seed, which `with_seed` then takes.
-        scale_free: whether vectors stay what they are when the loss is multiplied, or change as `gradient_power` says.
         gradient_power: p of kinds with v = u / ‖u‖ᵖ, u = ∂ℓ/∂z, whose Gram-space update is the paper's; None of others.
     """
 
@@ -290,7 +289,6 @@ class OutputRule(ABC):
     positionwise: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = True
     random: ClassVar[bool] = False
-    scale_free: ClassVar[bool] = True
     gradient_power: float | None = None
 
     @abstractmethod
@@ -318,6 +316,14 @@ class OutputRule(ABC):
     def of_hessian(self) -> bool:
         """Whether Σ_m v vᵀ is the Hessian of the loss in each position's outputs, whose sums need no vectors."""
         return False
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether vectors stay what they are when the loss is multiplied, or change as `gradient_power` says.
+
+        Where not, optimizers refuse several passes in a step of which they learn the loss's scale afterwards.
+        """
+        return self.gradient_power is not None or not self.needs_targets
 
     @property
     def along_gradient(self) -> bool:

@@ -325,3 +325,106 @@ def test_structure__is_what_applications_take() -> None:
     found = scores.scores((of.inputs[:2], of.targets[:2]), (of.inputs, of.targets))
     J = by_hand.rows(of.model, (of.inputs, of.targets))
     assert error(found, J[:2] @ (J / (other.diagonal() + 0.1)).T / other.examples) < 1e-10
+
+
+# -- what is one's own does not pass for the package's -----------------------------------------------------------------
+
+
+def test_structure__has_a_name_of_its_own() -> None:
+    with pytest.raises(fk.InvalidArgumentError, match=r"name = 'diagonal'.*another matrix"):
+
+        class Diagonal(Scalar):
+            name = "diagonal"
+
+    assert fk.structures.structure_named("diagonal", "test").__module__.startswith("fisherkit.")
+
+
+def test_operator__has_a_tag_of_its_own(tmp_path: Path) -> None:
+    build(fk.ExactFisher, problem("mlp"), structure="diagonal").save(tmp_path / "f")
+
+    class Twice(DiagonalOperator):
+        tag = "diagonal"
+
+        def _matmat(self, v: Tensor) -> Tensor:
+            return 2 * super()._matmat(v)
+
+    class Another(fk.operators.DenseOperator):
+        tag = "diagonal"
+
+    try:
+        with pytest.raises(fk.FileFormatError, match=r"class Another.*tag = 'diagonal'"):
+            fk.load(tmp_path / "f")
+    finally:
+        Another.tag = ""
+    assert type(fk.operators.unwrap(fk.load(tmp_path / "f"))) is DiagonalOperator
+
+
+@dataclass(frozen=True)
+class Square(fk.structures.UnitSums):
+    """Σ row rowᵀ of a layer."""
+
+    label = "square"
+
+    matrix: Tensor
+
+    def operator(self, space: ParameterSpace, scale: float) -> fk.FisherOperator:
+        return fk.operators.DenseOperator(space, scale * self.matrix)
+
+
+class Squares(fk.structures.LayerStructure):
+    """A dense block a layer, whose size nobody was told of."""
+
+    name = "squares"
+    meaning = "a dense block a layer"
+
+    def record(self, rows: UnitRows) -> Square:
+        return Square(rows.dense().mT @ rows.dense())
+
+
+def test_structure__that_is_larger_than_it_says_is_refused_with_a_budget() -> None:
+    of = problem("mlp")
+    fisher = build(fk.ExactFisher, of, structure="squares")
+    assert error(fisher.to_dense(), build(fk.ExactFisher, of, structure="block").to_dense()) < 1e-12
+    with pytest.raises(fk.MemoryBudgetError, match="`bytes` said"):
+        build(fk.ExactFisher, of, structure="squares", memory_budget=fisher.nbytes - 1)
+    with pytest.raises(fk.InvalidArgumentError, match="dtype"):
+        build(fk.ExactFisher, of, structure="squares", dtype=torch.float32)
+
+
+class Doubled(fk.OutputRule):
+    """v = 2 ∂ℓ/∂z."""
+
+    kind_name = "doubled"
+
+    def output_vectors(self, outputs: fk.Outputs) -> fk.OutputVectors:
+        return fk.OutputVectors(2 * outputs.gradient().unsqueeze(1))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_kind__of_the_gradient_is_refused_where_the_scale_is_known_too_late(passes: int) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    optimizer = fk.optim.NaturalGradient(model, 0.1, kind=Doubled(), likelihood="gaussian", damping=0.05)
+    for part in range(passes):
+        (model(x[part::passes]) - y[part::passes]).square().sum(1).mean().div(2 * passes).backward()
+    if passes == 2:
+        with pytest.raises(fk.ModelError, match="one forward pass a step"):
+            optimizer.step()
+        return
+    with optimizer.paused():
+        losses = (model(x) - y).square().sum(1)
+    rows = [torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for loss in losses]
+    j = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])  # those of twice the loss
+    g = torch.cat([p.grad.flatten() for p in model.parameters()])
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer.step()
+    step = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert error(step, -0.1 * torch.linalg.solve(j.T @ j / 6 + 0.05 * torch.eye(15).double(), g)) < 1e-12
+    optimizer.close()
+
+
+def test_kind__may_be_compared_as_an_object() -> None:
+    of = problem("mlp")
+    table = fk.evaluation.compare(of.model, (of.inputs, of.targets), kinds=("ef", Doubled()), gram_dampings=(1e-2,))
+    assert {row.kind for row in table.rows} == {"ef", "doubled"}
+    assert "doubled" in str(table)

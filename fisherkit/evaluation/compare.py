@@ -210,7 +210,7 @@ def compare(
     model: nn.Module,
     batch: Any,
     *,
-    kinds: Sequence[str] = ("sgd", "ef", "ief", "sf", "exact"),
+    kinds: Sequence[str | OutputRule] = ("sgd", "ef", "ief", "sf", "exact"),
     structures: Sequence[str] = ("full",),
     gram_dampings: Sequence[float] = (1e-7, 1e-5, 1e-3, 1e-1),
     likelihood: str | Likelihood | nn.Module = "categorical",
@@ -238,7 +238,8 @@ def compare(
         model: any module; read, never changed.
         batch: one batch with targets, (inputs, targets) or a mapping with "labels".
         kinds: "sgd", "ef", "ief", "sf", "truncated" and "exact", with a setting after a colon: "ief:0.5" (power),
-            "sf:4" (draws; 1 if none), "truncated:3" (rank; 2 if none), "truncated:0.01" (tolerance, with a point).
+            "sf:4" (draws; 1 if none), "truncated:3" (rank; 2 if none), "truncated:0.01" (tolerance, with a point);
+            or an `OutputRule` of your own.
         structures: of "full", "block", "diagonal", "kfac" and "ekfac".
         gram_dampings: λ > 0, each for every kind and structure but "sgd".
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
@@ -273,9 +274,12 @@ def compare(
     if not is_integer(seed):
         raise InvalidTypeError(CALL, f"seed of type {type(seed).__name__}", "an integer")
     _check_cosine(drop_duplicates)
-    rules = {
-        text: rule_of(text, call=CALL, also=(SGD,)).with_seed(seed) for text in _listed("kinds", kinds) if text != SGD
-    }
+    others = [kind for kind in _listed("kinds", kinds) if kind != SGD]
+    found = [rule_of(kind, call=CALL, also=(SGD,)) for kind in others]
+    texts = [
+        k if isinstance(k, str) else rule.spelled(rule.kind_options()) for k, rule in zip(others, found, strict=True)
+    ]
+    rules = {text: rule.with_seed(seed) for text, rule in zip(texts, found, strict=True)}
     dampings = _positive(gram_dampings)
     for structure in _listed("structures", structures):
         structure_named(structure, CALL)

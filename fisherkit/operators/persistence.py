@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from fisherkit import io
-from fisherkit.errors import FileFormatError
+from fisherkit.errors import FileFormatError, InvalidArgumentError
 from fisherkit.operators.base import FisherOperator, Makers
 from fisherkit.space import ParameterSpace
 
@@ -88,7 +88,21 @@ def _renamed(state: io.State, names: Mapping[str, str]) -> io.State:
 
 
 def _registry() -> dict[str, type[FisherOperator]]:
-    return {tag: cls for cls in subclasses(FisherOperator) for tag in (cls.tag, *cls.other_tags) if tag}
+    found: dict[str, type[FisherOperator]] = {}
+    for cls in subclasses(FisherOperator):
+        for tag in filter(None, (cls.tag, *cls.other_tags)):
+            first = found.setdefault(tag, cls)
+            if is_own(first) and not issubclass(cls, first):
+                raise InvalidArgumentError(
+                    f"class {cls.__name__}", f"tag = {tag!r}", "a tag that no operator of the package has",
+                    why=f"files would not tell it from {first.__name__}",
+                )  # fmt: skip
+    return found
+
+
+def is_own(cls: type) -> bool:
+    """Whether a class is the package's and no user's."""
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def subclasses(cls: Any) -> Iterator[Any]:

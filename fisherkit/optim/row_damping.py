@@ -39,7 +39,6 @@ class RowDamped(OutputRule):
     """
 
     needs_targets: ClassVar[bool] = True
-    scale_free: ClassVar[bool] = False
 
     def __init__(self, kind: str | OutputRule, row_damping: float, **options: Any) -> None:
         call = "RowDamped"

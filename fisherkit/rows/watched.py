@@ -70,25 +70,23 @@ class Watched:
 
     @classmethod
     def of(cls, model: Callable[..., Any], recorder: Recorder, batch: Batch) -> Watched:
-        """By a forward pass of a batch that the model may write to, as `Batch.fresh` makes it.
-
-        Raises:
-            ModelError: the outputs do not have the examples along axis 0.
-        """
+        """By a forward pass of a batch that the model may write to, as `Batch.fresh` makes it."""
         with recorder:
             z = batch.handed(model)
-        if z.ndim == 0 or z.shape[0] != batch.size:
-            raise ModelError(
-                call="the model's forward pass",
-                got=f"outputs of shape {list(z.shape)} for {batch.size} examples",
-                expected=f"[{batch.size}, ...]",
-                why="examples lie along axis 0 of inputs and outputs",
-            )
         return cls.seen(recorder, z)
 
     @classmethod
     def seen(cls, recorder: Recorder, z: Tensor) -> Watched:
-        """What a recorder saw until the outputs."""
+        """What a recorder saw until the outputs.
+
+        Raises:
+            ModelError: they do not have the examples along axis 0.
+        """
+        if z.ndim == 0 or z.shape[0] != recorder.batch:
+            raise ModelError(
+                "the model's forward pass", f"outputs of shape {list(z.shape)} for {recorder.batch} examples",
+                f"[{recorder.batch}, ...]", why="examples lie along axis 0 of inputs and outputs",
+            )  # fmt: skip
         proven = recorder.proves(z)
         outside_rules = frozenset(recorder.outside_rules)
         seen = recorder.tracker

@@ -19,7 +19,7 @@ from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.operators.forwarding import packed
 from fisherkit.operators.linalg import checked_together
 from fisherkit.operators.low_rank import UNBOUNDED
-from fisherkit.operators.persistence import subclasses
+from fisherkit.operators.persistence import is_own, subclasses
 from fisherkit.processes import Processes
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
@@ -225,6 +225,12 @@ class Structure(ABC):
         """Register a class that has a name of its own, in the order of definition."""
         super().__init_subclass__()
         if vars(cls).get("name"):
+            own = _BY_NAME.get(cls.name)
+            if own is not None and is_own(own) and not is_own(cls):
+                raise InvalidArgumentError(
+                    f"class {cls.__name__}", f"name = {cls.name!r}", "a name that no structure of the package has",
+                    why="strings, files and commands would mean another matrix by it",
+                )  # fmt: skip
             _BY_NAME[cls.name] = cls
 
     @classmethod
@@ -411,7 +417,6 @@ class LayerStructure(Structure):
     """A structure whose sums are one record for each unit, and whose operator is block-diagonal over units."""
 
     in_steps = True
-    packs = True
 
     def summed(self, problem: Problem) -> int:
         """One record of each unit: of as many numbers as the operator has."""

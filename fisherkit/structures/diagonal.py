@@ -32,6 +32,7 @@ class Diagonal(LayerStructure):
     name = "diagonal"
     meaning = "the exact diagonal alone"
     needs_rows = False
+    packs = True
 
     def record(self, rows: UnitRows) -> Squares:
         return Squares(rows.squared_sum())

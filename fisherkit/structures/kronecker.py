@@ -370,6 +370,7 @@ class KFAC(LayerStructure):
     needs_rows = False
     counts_positions = True
     in_parts = True
+    packs = True
     instead = 'structure="diagonal", or params= without the widest layers'
 
     def bytes(self, problem: Problem) -> int:
