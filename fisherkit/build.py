@@ -539,7 +539,7 @@ class Builder:
         self._foretell(readings)
         for chunk in chunks:
             dropped = () if chunk.dropped is None else (chunk.dropped,)
-            self.counted.append(Tally(chunk.counted, chunk.rows.count, dropped, chunk.rows.squares or 0.0))
+            self.counted.append(Tally(chunk.counted, chunk.rows.count, dropped, chunk.rows.squares))
             yield chunk
             del chunk  # not to be held while the next one is made
         if self.processes is None:

@@ -320,6 +320,19 @@ def test_steps__of_squares_that_overflow_are_refused_and_change_nothing(structur
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("structure", [*STRUCTURES, "nkp"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_squares__of_rows_that_are_made_a_vector_at_a_time(depth: int, structure: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3) if depth == 1 else nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    x = torch.randn(6, 4)
+    options: dict[str, Any] = {"likelihood": "gaussian", "structure": structure, "chunk_size": 6}
+    fk.ExactFisher(model, (x, None), **options)
+    x[4, 1] = 1e21
+    with pytest.raises(fk.NonFiniteError, match=r"infinite sums of squares: .*'([01]\.)?weight'"):
+        fk.ExactFisher(model, (x, None), **options).trace()
+
+
 def test_sums__of_squares_that_overflow_together_are_refused() -> None:
     model, ((_, _), (x, y), _) = large(1e19, torch.float32)
     one = [(x[1:2], y[1:2])]

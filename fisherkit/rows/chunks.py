@@ -148,4 +148,5 @@ def joined(chunks: list[Chunk]) -> Chunk:
     owner = torch.cat([chunk.owner for chunk in chunks])
     order = torch.argsort(owner, stable=True)
     rows = Rows.cat([chunk.rows for chunk in chunks]).reordered(order, all(chunk.regular for chunk in chunks))
+    rows.squares = sum(chunk.rows.squares for chunk in chunks)
     return replace(chunks[0], rows=rows, owner=owner[order])

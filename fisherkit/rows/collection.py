@@ -86,8 +86,8 @@ class Rows(RowSource):
     """Rows that lie in memory, of units that partition the space's names."""
 
     in_memory = True
-    squares: float | None = None
-    """About the most that Σ_r ‖row_r‖² can be (`square_bound`); None of rows that nobody has looked at."""
+    squares = 0.0
+    """About the most that Σ_r ‖row_r‖² can be (`square_bound`), of rows of a batch that were looked at."""
 
     def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot]) -> None:
         super().__init__(space)

@@ -150,7 +150,9 @@ class Head:
         if chunk.first:
             slots[self.slot.names] = self.slot
         own = [slots[unit.names] for unit in plan.units if unit.names in slots]
-        return replace(chunk, rows=WithoutHead(plan.space, own, self.slot.rows.count if chunk.first else 0))
+        rows = WithoutHead(plan.space, own, self.slot.rows.count if chunk.first else 0)
+        rows.squares = chunk.rows.squares
+        return replace(chunk, rows=rows)
 
 
 def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:
