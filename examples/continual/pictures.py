@@ -15,10 +15,10 @@ from examples.continual.summary import Curve, Place, of_method
 from examples.paper.pictures import STYLE
 
 COLOURS = {
-    "ef": "#D55E00", "ief": "#0072B2", "truncated-1": "#F0A6C8", "truncated-2": "#CC79A7", "sf": "#E69F00",
+    "ef": "#D55E00", "ief": "#0072B2", "ief34": "#332288", "truncated-1": "#F0A6C8", "truncated-2": "#CC79A7", "sf": "#E69F00",
     "exact": "#009E73", "squared": "#999999", "mammoth": "#56B4E9", "l2": "#000000",
 }  # fmt: skip
-"""By kind: Okabe and Ito's, and a lighter one."""
+"""By kind: Okabe and Ito's, a lighter and a darker one."""
 
 NORMALIZED = {"trace": "mean eigenvalue 1", "none": "as they are"}
 REGIMES = {"fit": "fit to near zero loss", "early": "early stopped"}
