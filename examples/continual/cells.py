@@ -76,8 +76,8 @@ class Plan:
         default_factory=lambda: {
             "": half_decades(-2, 0)[:-1],
             "l2": half_decades(-4, -1),
-            SQUARED: half_decades(2, 5),
-            MAMMOTH: half_decades(0, 3),
+            SQUARED: half_decades(0, 5),
+            MAMMOTH: half_decades(0, 4),
             DAMPED: (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
         }
     )
@@ -117,11 +117,7 @@ class Plan:
         """The sweep of a cell; empty if there is none."""
         if not cell.method.swept:
             return ()
-        if (
-            isinstance(bench, ModuleBench)
-            or cell.method.structure == "ekfac"
-            or cell.method.kind in (MAMMOTH, DAMPED)
-        ):
+        if isinstance(bench, ModuleBench) or cell.method.structure == "ekfac" or cell.method.kind in (MAMMOTH, DAMPED):
             return self.short.get(cell.method.kind, self.short[""])
         few = self.full.get((bench.name, cell.regime)) if cell.method.structure == "full" else None
         return few or self.strengths[cell.normalization]

@@ -53,7 +53,7 @@ class Members:
         }
         names = {id(p): name for name, p in self.model.named_parameters()}
         self.products = {
-            name: [(scale, *(names[id(p)] for p in factors)) for scale, factors in product.terms]
+            name: [(scale, [names[id(p)] for p in factors]) for scale, factors in product.terms]
             for name, product in products(self.model, learned(self.model)).items()
         }
 
@@ -87,7 +87,7 @@ class Members:
         found = []
         for name in names:
             total = self.parameters[name]
-            for scale, a, b in self.products.get(name, ()):
+            for scale, (a, b) in self.products.get(name, ()):
                 total = total + scale * self.parameters[b] @ self.parameters[a]
             found.append(total.flatten(1))
         return torch.cat(found, 1)

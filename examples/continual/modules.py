@@ -1,5 +1,4 @@
-"""Benches of other modules than perceptrons: a GRU that reads digits row by row, a transformer that reads text, and the
-same with LoRA.
+"""Benches of other modules than perceptrons: a GRU that reads digits, a transformer that reads text, the same by LoRA.
 
 Owns their data and models. How many of them are trained as one, `members` knows.
 """
@@ -231,7 +230,7 @@ MODULES: Mapping[str, ModuleBench] = {
             "transformer, 1 layer of width 32", {"fit": 8}, _texts,
         ),
         ModuleBench(
-            "lora-pairs", "those of text-pairs by LoRA; our Fishers are over W + s·BA, other libraries' squares over A and B",
+            "lora-pairs", "those of text-pairs by LoRA; our Fishers are over W + s·BA, others' squares over A and B",
             "LoRA of rank 4 on every linear layer of that transformer, which has learned other text", {"fit": 8},
             _adapted,
         ),

@@ -78,7 +78,7 @@ def _setting(results: Mapping[str, Mapping[str, Any]], found: Mapping[Place, Map
         "weight decay. Adam's steps are bounded whatever the penalty's size, so that no strength diverges; a large one "
         "freezes. Squared batch gradients are of all of a task's batches, diagonal and Kronecker Fishers of all its "
         f"training examples{examples}.",
-        "- Strengths in half decades, about. The strength of a method is chosen on the mean over seeds of the test accuracy, "
+        "- Strengths in half decades. The strength of a method is chosen on the mean over seeds of the test accuracy, "
         "for every method alike; the deviation is over seeds. *Within 3* is how many decades around the best stay "
         "within 3 points of it. An edge of the sweep is marked with *.",
         f"- {e['processor']}, {e['threads']} thread, torch {e['versions']['torch']}; "

@@ -41,13 +41,12 @@ def libraries(found: Mapping[Place, Mapping[str, Curve]]) -> str:
     text = (
         "Average accuracy over all tasks after the last one, with 95 % intervals over seeds, and forgetting: the "
         "accuracy that a task had when it was learned less what is left of it, mean over all tasks but the last. "
-        "The default is kfac, iEF of power ¾ as it is, `strength=3`, chosen on the six rows of perceptrons; the GRU, the "
-        'transformer and LoRA are new to it. The former one was kfac, iEF, `normalize="trace"`, `strength=0.1`. '
-        "L2, Avalanche's (squared gradients of batches, each task around "
-        "its own centre) and mammoth's (squared gradients of examples times the label's probability, all around the "
-        "newest centre) have the best strength of a sweep in each row. *Best, chosen on other seeds* is that of all "
-        "methods, normalizations and strengths: for each seed what is best on the others, so that luck does not count."
-        "\n\n"
+        "The default is kfac, iEF of power ¾ as it is, `strength=3`, chosen on the six rows of perceptrons; the GRU, "
+        'the transformer and LoRA are new to it. The former one was kfac, iEF, `normalize="trace"`, `strength=0.1`. '
+        "L2, Avalanche's (squared gradients of batches, each task around its own centre) and mammoth's (squared "
+        "gradients of examples times the label's probability, all around the newest centre) have the best strength of "
+        "a sweep in each row. *Best, chosen on other seeds* is that of all methods, normalizations and strengths: for "
+        "each seed what is best on the others, so that luck does not count.\n\n"
     )
     return text + markdown(header, rows) if rows else ""
 
