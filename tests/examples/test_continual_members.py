@@ -181,15 +181,16 @@ def test_command__measures_draws_and_reports(out: Path) -> None:
         assert text in body, text
 
 
-def test_command__measures_modules(tmp_path: Path) -> None:
-    some = ["none", "joint", "l2", "kfac-ief", "diagonal-mammoth"]
+@pytest.mark.parametrize("bench", ["gru-rows", "lora-pairs"])
+def test_command__measures_modules(bench: str, tmp_path: Path) -> None:
+    some = ["none", "joint", "l2", "kfac-ief34", "diagonal-mammoth"]
     threads = torch.get_num_threads()
-    run.main(["--part", "gru-rows", "--methods", *some, "--tiny", "--out", str(tmp_path)])
+    run.main(["--part", bench, "--methods", *some, "--tiny", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
-    cells = json.loads((tmp_path / "gru-rows.json").read_text("utf-8"))["cells"]
+    cells = json.loads((tmp_path / f"{bench}.json").read_text("utf-8"))["cells"]
     assert {key.split("/")[2] for key in cells} == set(some)
     assert all(len(row) == 2 for cell in cells.values() for row in cell["accuracy"])
-    assert "| gru-rows, fit |" in (tmp_path / "continual.md").read_text("utf-8")
+    assert f"| {bench}, fit |" in (tmp_path / "continual.md").read_text("utf-8")
 
 
 def test_command__goes_on_where_it_stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
