@@ -241,7 +241,7 @@ def test_ewc__holds_the_head_of_the_adapter_that_is_in_use() -> None:
     settings: dict[str, Any] = {"target_modules": ["hidden"], "modules_to_save": ["head"]}
     model = tuned(Words, **settings)
     names = fk.adapters.merged_weights(model)
-    ewc = fk.continual.EWC(model, normalize=None)
+    ewc = fk.continual.EWC(model, 0.1)
     fisher = fk.ExactFisher(model, (TEXT, TEXT % 3), params=names, structure="diagonal")
     ewc.consolidate(fisher)
     kept = {plain(name): value.detach().clone() for name, value in names.items()}

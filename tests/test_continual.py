@@ -59,7 +59,7 @@ def learned(
 ) -> tuple[nn.Module, EWC, Reference]:
     """A model moved and consolidated several times, and the matrices and centres of each."""
     model = mlp().to(dtype)
-    ewc, reference = EWC(model, strength, **options), []
+    ewc, reference = EWC(model, strength, **{"normalize": "trace", **options}), []
     for t in range(tasks):
         fisher = build(model, t)
         ewc.consolidate(fisher)
@@ -274,7 +274,7 @@ def test_ewc__forgets_less_while_the_next_task_is_learned() -> None:
     rise = {}
     for strength in (0.0, 1.0):
         model = mlp()
-        ewc = EWC(model, strength)
+        ewc = EWC(model, strength, normalize="trace")
         first, second = (task(t, number=40, features=slice(2 * t, 2 * t + 2)) for t in range(2))
         for data in (first, second):
             optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -288,3 +288,13 @@ def test_ewc__forgets_less_while_the_next_task_is_learned() -> None:
         rise[strength] = F.cross_entropy(model(first[0]), first[1]).item() - before
         assert F.cross_entropy(model(second[0]), second[1]).item() < 0.4
     assert rise[1.0] < 0.5 * rise[0.0]
+
+
+def test_ewc__takes_fishers_as_they_are_at_a_strength_of_3_unless_told_otherwise() -> None:
+    model = mlp()
+    ewc, fisher = EWC(model), fk.ImprovedEmpiricalFisher(model, task(0), structure="kfac", power=0.75)
+    ewc.consolidate(fisher)
+    before = flat(model)
+    move(model, 1)
+    d = flat(model) - before
+    torch.testing.assert_close(ewc.penalty().detach(), 1.5 * d @ fisher.to_dense() @ d)

@@ -101,7 +101,11 @@ TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[str,
     "free but unknown": (refused(diagonal, free=["3.weight"]), UnknownParameterError, ("'3.weight'",)),
     "free of a strange type": (refused(diagonal, free=[3]), InvalidTypeError, ("type int",)),
     "uncovered": (refused(diagonal, uncovered="ignore"), InvalidArgumentError, ("uncovered='ignore'",)),
-    "zero": (refused(zero), InvalidArgumentError, ("a Fisher that is 0", "normalize=None")),
+    "zero": (refused(zero), InvalidArgumentError,
+        ("a Fisher that is 0 on '0.weight'", "nothing would be kept", 'uncovered="free"')),
+    "zero normalised": (
+        lambda: EWC(model := mlp(), normalize="trace").consolidate(zero(model), uncovered="free"),
+        InvalidArgumentError, ("a Fisher that is 0", "normalize=None")),
     "streamed": (refused(lambda m: ef(m, memory_budget=1)), NoClosedFormError,
         ("EWC.consolidate", "streamed", '"diagonal"')),
     "grown head": (changed(lambda m: m.__setitem__(2, WIDE)), ModelError,
@@ -117,8 +121,8 @@ TABLE: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[str,
         InvalidArgumentError, ("'operator'", "EWC.state_dict()")),
     "state of the future": (loading(lambda s: (s.pop("checksum"), s.update(version=2))), InvalidArgumentError,
         ("version 2", "a newer fisherkit")),
-    "state of another normalization": (loading(lambda s: None, normalize=None), InvalidArgumentError,
-        ("terms of normalize='trace'", "normalize=None", "two things")),
+    "state of another normalization": (loading(lambda s: None, normalize="trace"), InvalidArgumentError,
+        ("terms of normalize=None", "normalize='trace'", "two things")),
     "state of another model": (loading(lambda s: None, model=nn.Linear(2, 2).double()), ModelError,
         ("EWC.load_state_dict", "a model without '0.weight'")),
     "another dtype": (lambda: consolidated().to(torch.float32), InvalidTypeError,
@@ -149,10 +153,10 @@ def test_consolidate__refused_changes_nothing() -> None:
     assert torch.equal(before[1], after[1])
 
 
-def test_consolidate__zero_is_fine_without_normalization() -> None:
+def test_consolidate__zero_is_fine_without_normalization_if_asked_for() -> None:
     model = mlp()
     ewc = EWC(model, normalize=None)
-    ewc.consolidate(zero(model))
+    ewc.consolidate(zero(model), uncovered="free")
     assert ewc.penalty().item() == 0
 
 
@@ -175,7 +179,7 @@ class TwoHeads(nn.Module):
 @pytest.mark.parametrize("allowed", [{"uncovered": "free"}, {"free": lambda name, p: name.startswith("heads.")}])
 def test_consolidate__heads_of_other_tasks_may_be_left_free(structure: str, allowed: dict[str, Any]) -> None:
     model = TwoHeads().double()
-    ewc, expected = EWC(model, 2.0), torch.zeros((), dtype=F64)
+    ewc, expected = EWC(model, 2.0, normalize="trace"), torch.zeros((), dtype=F64)
     parts = []
     for number in range(2):
         model.task = number
@@ -199,7 +203,7 @@ def test_consolidate__heads_of_other_tasks_may_be_left_free(structure: str, allo
 @pytest.mark.parametrize("structure", ["diagonal", "kfac", "block", "full"])
 def test_penalty__a_grown_head_is_held_in_its_old_entries(structure: str) -> None:
     model = mlp()
-    ewc = EWC(model, 2.0, grown="leading")
+    ewc = EWC(model, 2.0, normalize="trace", grown="leading")
     fisher = ef(model, structure=structure)
     ewc.consolidate(fisher)
     old = model[2]
@@ -387,11 +391,13 @@ def test_convert_strength__of_batches_counts_each_way_of_averaging() -> None:
 def test_convert_strength__takes_a_fisher_of_unknown_kind_and_the_exact_one_where_the_other_library_has_it() -> None:
     exact = fk.ExactFisher(mlp(), (XS, YS), structure="diagonal")
     mean = float(exact.trace()) / exact.size
-    assert convert_strength(1.0, "vandeven", fisher=exact) == pytest.approx(mean, rel=1e-12)
-    with pytest.raises(InvalidArgumentError, match="kind 'exact'"):
-        convert_strength(1.0, fisher=exact)
+    assert convert_strength(1.0, "vandeven", normalize="trace", fisher=exact) == pytest.approx(mean, rel=1e-12)
+    for normalize in (None, "trace"):
+        with pytest.raises(InvalidArgumentError, match="kind 'exact'"):
+            convert_strength(1.0, normalize=normalize, fisher=exact)
     unknown = DiagonalOperator(exact.space, exact.diagonal())
-    assert convert_strength(1.0, fisher=unknown) == pytest.approx(mean, rel=1e-12)
+    assert convert_strength(1.0, normalize="trace", fisher=unknown) == pytest.approx(mean, rel=1e-12)
+    assert convert_strength(1.0, fisher=unknown) == 1
 
 
 def converting(*arguments: Any, **facts: Any) -> Callable[[], object]:
@@ -407,7 +413,7 @@ CONVERSIONS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tupl
     "squared": (converting(1.0, squared="both", **RAW), InvalidArgumentError, ("squared='both'",)),
     "no batch size": (converting(1.0, "avalanche", **RAW), InvalidArgumentError, ("batch_size=None",)),
     "no examples": (converting(1.0, average="sum", **RAW), InvalidArgumentError, ("examples=None",)),
-    "no fisher": (converting(1.0), InvalidArgumentError, ("without fisher=", "normalize=None")),
+    "no fisher": (converting(1.0, normalize="trace"), InvalidArgumentError, ("without fisher=", "normalize=None")),
     "no operator": (converting(1.0, fisher=3), InvalidTypeError, ("a int",)),
     "a sum": (lambda: convert_strength(1.0, fisher=fk.EmpiricalFisher(mlp(), (XS, YS), normalization="sum")),
         InvalidArgumentError, ('normalization="sum"',)),

@@ -33,7 +33,7 @@ def test_load_state_dict__goes_on_where_the_other_stood(structure: str, dtype: t
     model, ewc, _ = of(structure, dtype)
     state = through_a_file(ewc.state_dict())
     other = copy.deepcopy(model)
-    fresh = EWC(other, 0.3, decay=0.6)
+    fresh = EWC(other, 0.3, decay=0.6, normalize="trace")
     fresh.load_state_dict(state)
     assert fresh.consolidations == 3
     assert torch.equal(fresh.penalty(), ewc.penalty())
@@ -45,7 +45,7 @@ def test_load_state_dict__goes_on_where_the_other_stood(structure: str, dtype: t
 
 def test_load_state_dict__takes_nothing_of_the_constructor() -> None:
     model, ewc, _ = of("kfac")
-    fresh = EWC(model, 3.0)
+    fresh = EWC(model, 3.0, normalize="trace")
     fresh.load_state_dict(ewc.state_dict())
     torch.testing.assert_close(fresh.penalty(), 10 * ewc.penalty())
     assert fresh.decay == 1.0
@@ -63,7 +63,7 @@ def test_load_state_dict__of_something_else_is_refused_with_advice(what: str) ->
 
 def test_load_state_dict__shares_no_memory_with_the_state() -> None:
     model, ewc, _ = of("diagonal")
-    fresh = EWC(model, 0.3)
+    fresh = EWC(model, 0.3, normalize="trace")
     state = ewc.state_dict()
     fresh.load_state_dict(state)
     for term in state["_extra_state"]["terms"]:
@@ -139,7 +139,7 @@ def test_to__an_accelerator_and_back(structure: str) -> None:
     torch.testing.assert_close(ewc.penalty().cpu(), before)
     state = ewc.state_dict()
     model.cpu()
-    back = EWC(model, 0.3, decay=0.6)
+    back = EWC(model, 0.3, decay=0.6, normalize="trace")
     back.load_state_dict(state)
     torch.testing.assert_close(back.penalty(), before)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from examples.continual import members
 from examples.continual.benches import Bench, TaskData
 from examples.continual.fishers import Builder
-from examples.continual.methods import MAMMOTH, METHODS, SQUARED, Method
+from examples.continual.methods import DAMPED, MAMMOTH, METHODS, SQUARED, Method
 from examples.continual.modules import ModuleBench
 from examples.continual.penalties import Term
 from examples.continual.stacked import Stack
@@ -76,8 +76,9 @@ class Plan:
         default_factory=lambda: {
             "": half_decades(-2, 0)[:-1],
             "l2": half_decades(-4, -1),
-            SQUARED: half_decades(2, 5),
-            MAMMOTH: half_decades(0, 3),
+            SQUARED: half_decades(0, 5),
+            MAMMOTH: half_decades(0, 4),
+            DAMPED: (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
         }
     )
     examples: int = 256
@@ -116,7 +117,7 @@ class Plan:
         """The sweep of a cell; empty if there is none."""
         if not cell.method.swept:
             return ()
-        if isinstance(bench, ModuleBench) or cell.method.structure == "ekfac" or cell.method.kind == MAMMOTH:
+        if isinstance(bench, ModuleBench) or cell.method.structure == "ekfac" or cell.method.kind in (MAMMOTH, DAMPED):
             return self.short.get(cell.method.kind, self.short[""])
         few = self.full.get((bench.name, cell.regime)) if cell.method.structure == "full" else None
         return few or self.strengths[cell.normalization]
@@ -136,7 +137,7 @@ class Plan:
 
 def _normalizations(bench: Bench | ModuleBench, method: Method) -> tuple[str, ...]:
     """Those that a method is measured with: other libraries have none, and what costs most has one."""
-    if method.kind == MAMMOTH or (method.kind == SQUARED and isinstance(bench, ModuleBench)):
+    if method.kind in (MAMMOTH, DAMPED) or (method.kind == SQUARED and isinstance(bench, ModuleBench)):
         return (RAW,)
     if not method.structure or method.structure == "ekfac" or isinstance(bench, ModuleBench):
         return (TRACE,)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from examples.continual.methods import KINDS, MAMMOTH, SQUARED, Method
-from examples.continual.modules import Heads, ModuleBench, Pair, Task
+from examples.continual.modules import Heads, ModuleBench, Pair, Task, learned
 from examples.continual.training import Outcome
+from fisherkit.adapters import products
 from fisherkit.operators import FisherOperator, KroneckerOperator
 from fisherkit.operators.kronecker import EigenKroneckerOperator
 from fisherkit.operators.normalization import normalization_factor
@@ -47,15 +48,25 @@ class Members:
     def __init__(self, models: Sequence[Heads]) -> None:
         self.model, self.each = copy.deepcopy(models[0]), 1
         self.parameters: dict[str, Tensor] = {
-            name: torch.stack([model.get_parameter(name).detach() for model in models]).requires_grad_()
-            for name, _ in self.model.named_parameters()
+            name: torch.stack([model.get_parameter(name).detach() for model in models]).requires_grad_(p.requires_grad)
+            for name, p in self.model.named_parameters()
+        }
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        self.products = {
+            name: [(scale, [names[id(p)] for p in factors]) for scale, factors in product.terms]
+            for name, product in products(self.model, learned(self.model)).items()
         }
 
     def repeat(self, each: int) -> None:
         """Every member so many times."""
         self.each *= each
         for name, own in self.parameters.items():
-            self.parameters[name] = own.detach().repeat_interleave(each, 0).requires_grad_()
+            self.parameters[name] = own.detach().repeat_interleave(each, 0).requires_grad_(own.requires_grad)
+
+    @property
+    def trained(self) -> list[str]:
+        """The names of what the optimizer changes."""
+        return [name for name, own in self.parameters.items() if own.requires_grad]
 
     def logits(self, x: Tensor) -> Tensor:
         """``[S, B, C]`` of the seeds' inputs ``[E, B, …]``, from the current head."""
@@ -71,9 +82,20 @@ class Members:
         z, labels = self.logits(x), y.repeat_interleave(self.each, 0)
         return F.cross_entropy(z.mT, labels, reduction="none").mean(1)
 
+    def values(self, names: Sequence[str]) -> Tensor:
+        """Some parameters, ``[S, d]``; of a weight under LoRA, W + s·BA. Autograd follows it."""
+        found = []
+        for name in names:
+            total = self.parameters[name]
+            for scale, (a, b) in self.products.get(name, ()):
+                total = total + scale * self.parameters[b] @ self.parameters[a]
+            found.append(total.flatten(1))
+        return torch.cat(found, 1)
+
+    @torch.no_grad()
     def flat(self, names: Sequence[str]) -> Tensor:
-        """Some parameters, ``[S, d]``."""
-        return torch.cat([self.parameters[name].detach().flatten(1) for name in names], 1)
+        """The same without a graph."""
+        return self.values(names)
 
     def load(self, number: int) -> Heads:
         """The module with a member's parameters."""
@@ -84,7 +106,7 @@ class Members:
 
     def learn(self, batches: Sequence[tuple[int, Pair]], rate: float, parts: Sequence[Part] = ()) -> None:
         """Adam on loss plus penalty, its step falling linearly to zero; batches with their heads."""
-        optimizer = torch.optim.Adam(self.parameters.values(), lr=rate)
+        optimizer = torch.optim.Adam([self.parameters[name] for name in self.trained], lr=rate)
         for number, (head, (x, y)) in enumerate(batches):
             self.model.head = head
             optimizer.zero_grad()
@@ -96,13 +118,8 @@ class Members:
     def _penalize(self, parts: Sequence[Part]) -> None:
         """Add the penalty's gradient."""
         for part in parts:
-            start, found = 0, part.product(self.flat(part.names) - part.centre)
-            for name in part.names:
-                own = self.parameters[name]
-                size = own[0].numel()
-                piece = found[:, start : start + size].reshape(own.shape)
-                own.grad = piece if own.grad is None else own.grad + piece
-                start += size
+            values = self.values(part.names)
+            torch.autograd.backward(values, part.product(values.detach() - part.centre))
 
 
 class Keeper:
@@ -127,7 +144,9 @@ class Keeper:
         if self.method.structure and self.method.kind in KINDS:
             self._fishers(members, tasks, own, number)
         else:
-            names = own if self.method.kind != MAMMOTH else tuple(members.parameters)
+            # Of LoRA A and B, as other libraries do.
+            used = [name for name in members.trained if name in own or not name.startswith("heads.")]
+            names = tuple(members.trained if self.method.kind == MAMMOTH else used)
             diagonal = self._importances(members, tasks, names)
             if self.method.kind == MAMMOTH:  # one sum, around the newest centre
                 self._sum = diagonal if self._sum is None else self._sum + diagonal

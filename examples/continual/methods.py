@@ -10,12 +10,16 @@ import fisherkit as fk
 KINDS: dict[str, tuple[str, type[fk.FisherApproximation], dict[str, Any]]] = {
     "ef": ("EF", fk.EmpiricalFisher, {}),
     "ief": ("iEF", fk.ImprovedEmpiricalFisher, {}),
+    "ief34": ("iEF, power ¾", fk.ImprovedEmpiricalFisher, {"power": 0.75}),
     "truncated-1": ("truncated, rank 1", fk.TruncatedFisher, {"rank": 1}),
     "truncated-2": ("truncated, rank 2", fk.TruncatedFisher, {"rank": 2}),
     "sf": ("SF", fk.SampledFisher, {}),
     "exact": ("exact", fk.ExactFisher, {}),
 }
 """Name in tables, class and options of each kind."""
+
+DAMPED = "ief34"
+"""The kind of `EWC`'s defaults, measured in the structures that cost least and as it is alone."""
 
 SQUARED = "squared"
 """The kind that is none: squares of a batch's mean gradient, which much published code calls Fisher."""
@@ -68,7 +72,11 @@ METHODS: dict[str, Method] = {
             for structure in STRUCTURES
             for kind in (*KINDS, SQUARED, MAMMOTH)
             # a sum over examples has no Kronecker factors, and mammoth has a diagonal
-            if not ((kind == SQUARED and "kfac" in structure) or (kind == MAMMOTH and structure != "diagonal"))
+            if not (
+                (kind == SQUARED and "kfac" in structure)
+                or (kind == MAMMOTH and structure != "diagonal")
+                or (kind == DAMPED and structure not in ("diagonal", "kfac"))
+            )
         ),
     )
 }

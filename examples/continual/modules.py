@@ -1,12 +1,12 @@
-"""Benches of other modules than perceptrons: a GRU that reads digits row by row, a transformer that reads text.
+"""Benches of other modules than perceptrons: a GRU that reads digits, a transformer that reads text, the same by LoRA.
 
 Owns their data and models. How many of them are trained as one, `members` knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from examples.continual.benches import digits
 from examples.shared.docstrings import windows
+from fisherkit.adapters import merged_weights
 from fisherkit.randomness import untouched_rng
 
 Pair = tuple[Tensor, Tensor]
@@ -50,7 +51,14 @@ class Heads(nn.Module):
 
     def own(self) -> list[str]:
         """The parameters that the current head's task uses."""
-        return [name for name, _ in self.named_parameters() if name.startswith(("body.", f"heads.{self.head}."))]
+        return [name for name in learned(self) if name.startswith(("body.", f"heads.{self.head}."))]
+
+
+def learned(model: nn.Module) -> list[str]:
+    """The parameters that a model learns; of LoRA, the weights that A and B are a change of."""
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        return list(merged_weights(model))
+    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 class LastState(nn.Module):
@@ -153,12 +161,41 @@ def _rows(seed: int) -> tuple[Heads, list[Task]]:
 
 TEXTS = (("special", "stats"), ("signal", "linalg"), ("ndimage", "optimize"), ("interpolate", "sparse"))
 """Subpackages of scipy, two a task."""
-WORDS, LENGTH, TRAIN, TEST = 1000, 16, 300, 120
+BEFORE = ("fft", "integrate", "spatial")
+"""Those that a model learns to tell apart before it gets LoRA."""
+WORDS, LENGTH, TRAIN, TEST, WIDTH = 1000, 16, 300, 120, 32
 
 
 def _texts(seed: int) -> tuple[Heads, list[Task]]:
     """Which of two subpackages does a docstring's window of words come from? A head for each pair."""
-    sources = {name: windows(name, LENGTH) for pair in TEXTS for name in pair}
+    tasks = _pairs(seed, TEXTS)
+    with untouched_rng([]):
+        torch.manual_seed(seed)
+        return Heads(Reader(WORDS, WIDTH), WIDTH, 2, len(TEXTS)), tasks
+
+
+def _adapted(seed: int) -> tuple[Heads, list[Task]]:
+    """The same by LoRA of rank 4 on every linear layer of a body that has learned to tell other subpackages apart."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    first, *tasks = _pairs(seed, (BEFORE, *TEXTS))
+    x, y = first.train
+    with untouched_rng([]):
+        torch.manual_seed(seed)
+        before = Heads(Reader(WORDS, WIDTH), WIDTH, len(BEFORE))
+        optimizer = torch.optim.Adam(before.parameters(), lr=1e-2)
+        for batch in (batch for _ in range(8) for batch in torch.randperm(len(y)).split(50)):
+            optimizer.zero_grad()
+            F.cross_entropy(before(x[batch]), y[batch]).backward()
+            optimizer.step()
+        linears = [name for name, module in before.body.named_modules() if isinstance(module, nn.Linear)]
+        body = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=linears), before.body)
+        return Heads(body, WIDTH, 2, len(TEXTS)), [replace(task, head=task.head - 1) for task in tasks]
+
+
+def _pairs(seed: int, groups: Sequence[Sequence[str]]) -> list[Task]:
+    """A task for each group of subpackages: which of them does a docstring's window of words come from?"""
+    sources = {name: windows(name, LENGTH) for group in groups for name in group}
     count: dict[str, int] = {}
     for texts in sources.values():
         for word in (word for function in texts for window in function for word in window):
@@ -166,9 +203,9 @@ def _texts(seed: int) -> tuple[Heads, list[Task]]:
     common = sorted(count, key=lambda word: (-count[word], word))[: WORDS - 1]
     number = {word: place for place, word in enumerate(common, 1)}  # 0: any other
     generator, tasks = torch.Generator().manual_seed(seed), []
-    for head, pair in enumerate(TEXTS):
+    for head, group in enumerate(groups):
         parts: list[list[tuple[Tensor, int]]] = [[], []]
-        for label, name in enumerate(pair):
+        for label, name in enumerate(group):
             functions = sources[name]
             order = torch.randperm(len(functions), generator=generator).tolist()
             cut = round(0.65 * len(order))  # no function in both
@@ -178,9 +215,7 @@ def _texts(seed: int) -> tuple[Heads, list[Task]]:
                 parts[part] += [(torch.tensor([number.get(w, 0) for w in own[place]]), label) for place in kept]
         train, test = ((torch.stack([ids for ids, _ in part]), torch.tensor([y for _, y in part])) for part in parts)
         tasks.append(Task(train, test, head))
-    with untouched_rng([]):
-        torch.manual_seed(seed)
-        return Heads(Reader(WORDS, 32), 32, 2, len(TEXTS)), tasks
+    return tasks
 
 
 MODULES: Mapping[str, ModuleBench] = {
@@ -193,6 +228,11 @@ MODULES: Mapping[str, ModuleBench] = {
         ModuleBench(
             "text-pairs", "4 tasks: which of two scipy subpackages do 16 words of a docstring come from, a head each",
             "transformer, 1 layer of width 32", {"fit": 8}, _texts,
+        ),
+        ModuleBench(
+            "lora-pairs", "those of text-pairs by LoRA; our Fishers are over W + s·BA, others' squares over A and B",
+            "LoRA of rank 4 on every linear layer of that transformer, which has learned other text", {"fit": 8},
+            _adapted,
         ),
     )
 }  # fmt: skip

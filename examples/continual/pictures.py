@@ -15,10 +15,10 @@ from examples.continual.summary import Curve, Place, of_method
 from examples.paper.pictures import STYLE
 
 COLOURS = {
-    "ef": "#D55E00", "ief": "#0072B2", "truncated-1": "#F0A6C8", "truncated-2": "#CC79A7", "sf": "#E69F00",
-    "exact": "#009E73", "squared": "#999999", "mammoth": "#56B4E9", "l2": "#000000",
+    "ef": "#D55E00", "ief": "#0072B2", "ief34": "#332288", "truncated-1": "#F0A6C8", "truncated-2": "#CC79A7",
+    "sf": "#E69F00", "exact": "#009E73", "squared": "#999999", "mammoth": "#56B4E9", "l2": "#000000",
 }  # fmt: skip
-"""By kind: Okabe and Ito's, and a lighter one."""
+"""By kind: Okabe and Ito's, a lighter and a darker one."""
 
 NORMALIZED = {"trace": "mean eigenvalue 1", "none": "as they are"}
 REGIMES = {"fit": "fit to near zero loss", "early": "early stopped"}
@@ -92,7 +92,7 @@ def _best(found: Mapping[Place, Mapping[str, Curve]], path: Path) -> None:
     """A row a method, a mark for each bench and regime; as they are to the left, normalized to the right."""
     rows = [method for method in METHODS.values() if method.structure][::-1]
     places = list(found)
-    marks = dict(zip(places, "os^DvP*X", strict=False))
+    marks = dict(zip(places, "os^DvP*Xh", strict=False))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 0.28 * len(rows) + 1.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)

@@ -11,7 +11,7 @@ import torch
 
 from examples.continual import experiment, report
 from examples.continual.cells import RAW, TRACE, Plan
-from examples.continual.methods import METHODS
+from examples.continual.methods import DAMPED, METHODS
 from examples.continual.pictures import draw
 from examples.continual.summary import curves
 from examples.shared import results
@@ -26,7 +26,7 @@ TINY = Plan(
     seeds=(0, 1),
     strengths={TRACE: (0.01, 0.1, 1.0), RAW: (0.1, 1.0, 10.0)},
     full={("permuted-digits", "fit"): (0.1, 1.0)},
-    short={"": (0.1, 1.0)},
+    short={"": (0.1, 1.0), DAMPED: (1.0, 3.0)},
     examples=8,
     epochs={"fit": 1, "early": 1},
     tasks=2,

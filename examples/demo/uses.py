@@ -59,7 +59,7 @@ def measure_uses(digits: Digits, *, epochs: int, seed: int) -> Uses:
         model = copy.deepcopy(old)
         ewc = fk.continual.EWC(model)
         if name == "with EWC":
-            ewc.consolidate(fk.ImprovedEmpiricalFisher(model, digits.training, structure="kfac"))
+            ewc.consolidate(fk.ImprovedEmpiricalFisher(model, digits.training, structure="kfac", power=0.75))
         models = [old, *_train(model, turned, epochs, seed, ewc=ewc)]
         kept[name], learned[name] = ([_accuracy(m, task) for m in models] for task in (digits, turned))
     query, helpful, harmful = _explain(old, digits)

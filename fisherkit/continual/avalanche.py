@@ -23,7 +23,7 @@ class EWCPlugin(SupervisedPlugin):  # type: ignore[misc]  # Any where Avalanche 
 
         def fisher(strategy):
             data = DataLoader(strategy.experience.dataset, 32, collate_fn=lambda batch: ...)  # pairs (x, y)
-            return fk.ImprovedEmpiricalFisher(strategy.model.eval(), data, structure="kfac")
+            return fk.ImprovedEmpiricalFisher(strategy.model.eval(), data, structure="kfac", power=0.75)
 
         strategy = Naive(model=model, ..., plugins=[EWCPlugin(ewc, fisher)])
 

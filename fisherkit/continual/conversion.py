@@ -54,7 +54,7 @@ def convert_strength(
     squared: str | None = None,
     batch_size: int | None = None,
     examples: int | None = None,
-    normalize: str | None = "trace",
+    normalize: str | None = None,
     fisher: FisherOperator | None = None,
 ) -> float:
     """The strength with which `EWC` has the penalty that another library has with its own.
@@ -120,13 +120,13 @@ def _needed(name: str, value: int | None) -> int:
 
 def _normalization(normalize: str | None, fisher: FisherOperator | None, kinds: tuple[str, ...]) -> float:
     check_normalize(normalize, CALL)
-    if normalize is None:
-        return 1.0
     if fisher is None:
+        if normalize is None:
+            return 1.0
         raise InvalidArgumentError(
             CALL, f"normalize={normalize!r} without fisher=", "the task's Fisher",
             why="other libraries do not normalise, so the strength depends on the Fisher's size",
-            try_="fisher=, or normalize=None for EWC(normalize=None)",
+            try_="fisher=, or normalize=None for an EWC that does not normalise either",
         )  # fmt: skip
     factor = normalization_factor(fisher, normalize, CALL)
     if fisher.metadata.get("normalization") == "sum":

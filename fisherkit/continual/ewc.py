@@ -56,7 +56,7 @@ class EWC(nn.Module):
 
         ewc = fk.continual.EWC(model)
         ...  # train on the first task
-        ewc.consolidate(fk.ImprovedEmpiricalFisher(model, first_task, structure="kfac"))
+        ewc.consolidate(fk.ImprovedEmpiricalFisher(model, first_task, structure="kfac", power=0.75))
         loss = F.cross_entropy(model(x), y) + ewc.penalty()  # in training on the next one
 
     Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (arXiv 1612.00796). The decay is
@@ -75,10 +75,12 @@ class EWC(nn.Module):
 
     Args:
         model: the model that is trained; within a wrapper (DDP, compile) the one inside is taken.
-        strength: factor of the penalty; may be set later.
+        strength: factor of the penalty; may be set later. 1 is what the Laplace approximation says of a Fisher on the
+            loss's scale and tasks of equal size; 3 holds better, measured with the Fisher of the lines above.
         decay: factor on older terms at each consolidation, from 0 to 1.
-        normalize: "trace" divides each Fisher by its mean eigenvalue, "norm" by its root mean square eigenvalue, so
-            that a strength means the same for all kinds, losses and stages of training; None takes Fishers as they are.
+        normalize: None takes Fishers as they are, with what their sizes say: a task that is held by few examples or
+            many, a network that is sure or not. "trace" divides each by its mean eigenvalue, "norm" by its root mean
+            square eigenvalue, for matrices that are not on the loss's scale; a strength near 0.1 goes with them.
         grown: what happens if a parameter is larger than it was when consolidated: "refuse", or "leading": its first
             entries along each axis are the old ones, the others are free.
         drop_below: terms that could not be joined and whose weight, decay^age, is not above this are dropped.
@@ -96,9 +98,9 @@ class EWC(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        strength: float = 0.1,
+        strength: float = 3.0,
         decay: float = 1.0,
-        normalize: str | None = "trace",
+        normalize: str | None = None,
         *,
         grown: str = "refuse",
         drop_below: float = 0.0,
@@ -382,7 +384,7 @@ def _check_fisher(fisher: object, model: nn.Module, uncovered: str, free: Select
     if not isinstance(fisher, FisherOperator):
         raise InvalidTypeError(
             CALL, f"a {type(fisher).__name__}", "a FisherOperator",
-            try_='fk.ImprovedEmpiricalFisher(model, data, structure="kfac"), or fk.load(path)',
+            try_='fk.ImprovedEmpiricalFisher(model, data, structure="kfac", power=0.75), or fk.load(path)',
         )  # fmt: skip
     _check_form(fisher, dict(model.named_parameters()))
     # A model of another dtype, which a Fisher of a wider copy may serve, cannot be compared.
@@ -459,11 +461,14 @@ def _check_uncovered(fisher: FisherOperator, model: nn.Module, uncovered: str, f
         )  # fmt: skip
     some = torch.stack([diagonal[place].any() for place in space.slices.values()]).tolist()
     unused = [name for name, used in zip(space.names, some, strict=True) if not used]
-    if 0 < len(unused) < len(some):  # a Fisher that is 0 altogether is a matter of normalization
+    if unused:
+        whole = len(unused) == len(some)
         raise InvalidArgumentError(
             CALL, f"a Fisher that is 0 on {listed(map(repr, unused))}", "one that says something of each",
-            why="the data never reach them: nothing would keep them near their values, and they would count in D",
-            try_='params= without them and free=[names], or uncovered="free"',
+            why="empirical Fishers are 0 where the loss is exactly 0: nothing would be kept" if whole else
+            "the data never reach them: nothing would keep them near their values, and they would count in D",
+            try_='another kind, or uncovered="free" to keep nothing' if whole else
+            'params= without them and free=[names], or uncovered="free"',
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import fisherkit as fk
@@ -32,7 +33,10 @@ def models(name: str) -> list[Heads]:
     for seed in range(2):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            body = LastState(3, 4) if name == "gru" else Reader(9, 4)
+            body: nn.Module = LastState(3, 4) if name == "gru" else Reader(9, 4)
+            if name == "lora":
+                config = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "up"], init_lora_weights=False)
+                body = inject_adapter_in_model(config, body)
             found.append(Heads(body, 4, 3, heads=2).double())
     return found
 
@@ -46,7 +50,7 @@ def data(name: str, seed: int, head: int) -> Task:
 
 def move(members: Members, seed: int) -> None:
     with torch.no_grad():
-        for place, own in enumerate(members.parameters.values()):
+        for place, own in enumerate(members.parameters[name] for name in members.trained):
             own += 0.2 * normal(*own.shape, seed=100 * seed + place)
 
 
@@ -54,27 +58,33 @@ def alone(members: Members, number: int) -> Heads:
     return copy.deepcopy(members.load(number))
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def stated(method: str, model: Heads, task: Task, past: list[tuple[Tensor, Tensor]]) -> None:
     """A task's diagonal and centre, by one backward pass a batch or example."""
     x, y = task.train
-    total = [torch.zeros_like(p) for p in model.parameters()]
+    parameters = list(trained(model).values())
+    total = [torch.zeros_like(p) for p in parameters]
     size = 5 if method == "diagonal-squared" else 1
     for start in range(0, len(y), size):
         loss = F.cross_entropy(model(x[start : start + size]), y[start : start + size])
-        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         weight = float(torch.exp(-loss.detach())) if size == 1 else 1.0
         for own, g in zip(total, gradients, strict=True):
             own += 0 if g is None else weight * g.square() * size / len(y)
     diagonal = nn.utils.parameters_to_vector(total)
-    centre = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    centre = nn.utils.parameters_to_vector(parameters).detach().clone()
     if method == "diagonal-mammoth" and past:
         diagonal = diagonal + past.pop()[0]
     past.append((diagonal, centre))
 
 
-@pytest.mark.parametrize("name", ["gru", "text"])
+@pytest.mark.parametrize("name", ["gru", "text", "lora"])
 @pytest.mark.parametrize(
-    "key", ["diagonal-ef", "kfac-ief", "ekfac-exact", "kfac-sf", "l2", "diagonal-squared", "diagonal-mammoth"]
+    "key",
+    ["diagonal-ef", "kfac-ief", "kfac-ief34", "ekfac-exact", "kfac-sf", "l2", "diagonal-squared", "diagonal-mammoth"],
 )
 def test_gradient__is_that_of_loss_and_penalty_of_each_model_alone(name: str, key: str) -> None:
     method, members = METHODS[key], Members(models(name))
@@ -97,8 +107,9 @@ def test_gradient__is_that_of_loss_and_penalty_of_each_model_alone(name: str, ke
                 kept[member].append(kind(model, task.train, structure=method.structure, params=model.own(), **options))
                 centres[member].append(copy.deepcopy(model.state_dict()))
             elif key == "l2":
-                flat = nn.utils.parameters_to_vector(model.parameters()).detach()
-                own = [torch.full_like(p, float(n in model.own())) for n, p in model.named_parameters()]
+                flat = nn.utils.parameters_to_vector(trained(model).values()).detach()
+                other = f"heads.{1 - number}."
+                own = [torch.full_like(p, float(not n.startswith(other))) for n, p in trained(model).items()]
                 past[member].append((nn.utils.parameters_to_vector(own), flat))
             else:
                 stated(key, model, task, past[member])
@@ -112,17 +123,17 @@ def test_gradient__is_that_of_loss_and_penalty_of_each_model_alone(name: str, ke
         model, strength = alone(members, member), STRENGTHS[member % 2]
         loss = F.cross_entropy(model(x[member // 2]), y[member // 2])
         if method.kind in KINDS:
-            now, ewc = copy.deepcopy(model.state_dict()), fk.continual.EWC(model, strength)
+            now, ewc = copy.deepcopy(model.state_dict()), fk.continual.EWC(model, strength, normalize="trace")
             for fisher, centre in zip(kept[member], centres[member], strict=True):
                 model.load_state_dict(centre)
                 ewc.consolidate(1.0 * fisher, uncovered="free")
             model.load_state_dict(now)
             (F.cross_entropy(model(x[member // 2]), y[member // 2]) + ewc.penalty()).backward()
         else:
-            theta = nn.utils.parameters_to_vector(model.parameters())
+            theta = nn.utils.parameters_to_vector(trained(model).values())
             total = sum(0.5 * strength * (d * (theta - c).square()).sum() for d, c in past[member])
             (loss + total).backward()
-        for parameter_name, p in model.named_parameters():
+        for parameter_name, p in trained(model).items():
             found = members.parameters[parameter_name].grad
             expected = torch.zeros_like(p) if p.grad is None else p.grad
             own = torch.zeros_like(p) if found is None else found[member]
@@ -170,15 +181,16 @@ def test_command__measures_draws_and_reports(out: Path) -> None:
         assert text in body, text
 
 
-def test_command__measures_modules(tmp_path: Path) -> None:
-    some = ["none", "joint", "l2", "kfac-ief", "diagonal-mammoth"]
+@pytest.mark.parametrize("bench", ["gru-rows", "lora-pairs"])
+def test_command__measures_modules(bench: str, tmp_path: Path) -> None:
+    some = ["none", "joint", "l2", "kfac-ief34", "diagonal-mammoth"]
     threads = torch.get_num_threads()
-    run.main(["--part", "gru-rows", "--methods", *some, "--tiny", "--out", str(tmp_path)])
+    run.main(["--part", bench, "--methods", *some, "--tiny", "--out", str(tmp_path)])
     torch.set_num_threads(threads)
-    cells = json.loads((tmp_path / "gru-rows.json").read_text("utf-8"))["cells"]
+    cells = json.loads((tmp_path / f"{bench}.json").read_text("utf-8"))["cells"]
     assert {key.split("/")[2] for key in cells} == set(some)
     assert all(len(row) == 2 for cell in cells.values() for row in cell["accuracy"])
-    assert "| gru-rows, fit |" in (tmp_path / "continual.md").read_text("utf-8")
+    assert f"| {bench}, fit |" in (tmp_path / "continual.md").read_text("utf-8")
 
 
 def test_command__goes_on_where_it_stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,18 +236,20 @@ def test_plan__is_the_tasks(out: Path) -> None:
         assert strengths[-1] / strengths[0] >= 1e12
         assert strengths[2] / strengths[0] == pytest.approx(10)
     keys = {cell.key for cell in plan.cells(BENCHES["permuted-digits"])}
-    assert {f"fit/trace/{key}" for key in METHODS if key != "diagonal-mammoth"} <= keys
+    apart = ("mammoth", "ief34")
+    assert {f"fit/trace/{key}" for key, method in METHODS.items() if method.kind not in apart} <= keys
     assert {key for key in keys if "mammoth" in key} == {"fit/none/diagonal-mammoth", "early/none/diagonal-mammoth"}
     assert "early/none/full-ef" in keys
     assert "fit/none/full-ef" not in keys
     assert not any("full" in cell.key for cell in plan.cells(BENCHES["permuted-mnist1d"]))
     cells = {cell.key: plan.strengths_of(MODULES["gru-rows"], cell) for cell in plan.cells(MODULES["gru-rows"])}
     assert set(cells) == {
-        f"fit/{'none' if key in ('diagonal-squared', 'diagonal-mammoth') else 'trace'}/{key}"
+        f"fit/{'none' if method.kind in ('squared', 'mammoth', 'ief34') else 'trace'}/{key}"
         for key, method in METHODS.items()
         if method.structure != "full" and "truncated" not in key
     }
-    assert 0.1 in cells["fit/trace/kfac-ief"]  # the default, which tables compare with
+    assert 3.0 in cells["fit/none/kfac-ief34"]  # the default, which tables compare with
+    assert 0.1 in cells["fit/trace/kfac-ief"]
 
 
 @pytest.mark.smoke
@@ -293,16 +307,16 @@ def test_libraries__compare_the_default_with_what_is_best_on_other_seeds() -> No
     own = {
         "trace/none": three((30, 40, 50)),
         "trace/joint": three((97, 98, 99)),
-        "trace/kfac-ief": three((78, 80, 82), (60, 61, 62), strengths=(0.1, 1.0)),
+        "none/kfac-ief34": three((78, 80, 82), (60, 61, 62), strengths=(3.0, 10.0)),
+        "trace/kfac-ief": three((77, 79, 81), (60, 61, 62), strengths=(0.1, 1.0)),
         # Lucky on the last seed: best on average, and best on the others only where that seed is among them.
         "none/diagonal-squared": three((79, 75, 99), (1, 1, 1), strengths=(10.0, 100.0)),
         "none/kfac-exact": three((70, 70, 70), (1, 1, 1), strengths=(10.0, 100.0)),
     }
     assert chosen_elsewhere(own) == [79, 75, 82]
     body = libraries({("a", "fit"): own})
-    assert (
-        "| a, fit | 40.0 ± 24.8 |  | 84.3 ± 31.9* |  | 80.0 ± 5.0 | 78.7 | +1.3 ± 8.0 | 15.0 |  | 15.0 | 98.0" in body
-    )
+    assert "| a, fit | 40.0 ± 24.8 |  | 84.3 ± 31.9* |  | 79.0 ± 5.0 | 80.0 ± 5.0 | 78.7 | +1.3 ± 8.0 | 15.0 |" in body
+    assert "| +1.3 ± 8.0 | 15.0 |  | 15.0 | 98.0" in body
     assert "| a, fit | 0.1 | 0.01 | 0.02 | 5 |" in laplace({("a", "fit"): own})
 
 
