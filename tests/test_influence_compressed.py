@@ -322,7 +322,7 @@ def test_a_damaged_file__is_refused(name: str, tmp_path: Path) -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-def write(rank: int, size: int, folder: str, compress: Any, wrong: str) -> Any:
+def write(rank: int, size: int, folder: str, compress: Any, wrong: str, options: dict[str, Any] | None = None) -> Any:
     """A process's part of the rows, and what it reads back."""
     net = model()
     if wrong == "slow" and rank == 1:
@@ -342,30 +342,51 @@ def write(rank: int, size: int, folder: str, compress: Any, wrong: str) -> Any:
     kind = fk.ExactFisher if (wrong, rank) == ("fisher", 1) else fk.EmpiricalFisher
     damping = 0.3 if (wrong, rank) == ("damping", 1) else None
     scores = InfluenceScores(kind(net, (X, Y), structure="kfac", group=False), net, damping=damping)
-    own = cut_data()[:1] if rank == 0 else cut_data()[1:]
+    own = cut_data()[:1] if rank == 0 else cut_data()[1:] if size == 2 else cut_data()[rank : rank + 1]
     if wrong == "data" and rank == 1:
         own = [(X[:3], Y[:3] - 200)]
-    rows: RowBlocks = scores.prepare(own, folder=folder, compress=compress)
+    options = dict(options or {})
+    if wrong == "queries" and rank == 1:
+        options["queries"] = QUERIES[0][:5], QUERIES[1][:5]
+    rows: RowBlocks = scores.prepare(own, folder=folder, compress=compress, **options)
     whole = scores.read(folder)
     return rows.count(), scores.scores(QUERIES, whole), scores.top(QUERIES, whole, 3).helpful_index
 
 
-@pytest.mark.parametrize("compress", [None, 0.8])
-def test_two_processes__write_what_one_writes(compress: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "compress", "options"),
+    [
+        (2, None, {}), (2, 0.8, {}), (2, 0.8, {"queries": QUERIES}), (3, 3, {"checked": 6}),
+        # The last rank has none of the examples that are checked.
+        (3, 0.8, {"checked": 2}), (3, 0.8, {"checked": 2, "queries": QUERIES}),
+    ],
+)  # fmt: skip
+def test_several_processes__write_what_one_writes(
+    size: int, compress: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
     one = influence()
-    rows = one.prepare(cut_data(), folder=tmp_path / "one", compress=compress)
+    rows = one.prepare(cut_data(), folder=tmp_path / "one", compress=compress, **options)
     for _ in range(2):  # made, and there
-        found = ranks.run(2, write, str(tmp_path / "two"), compress, "")
+        found = ranks.run(size, write, str(tmp_path / "some"), compress, "", options)
         assert not any(isinstance(one, str) for one in found), found  # what a process raised
-        for examples, (count, scores, index) in zip((13, 27), found, strict=True):
+        for examples, (count, scores, index) in zip((13, 27) if size == 2 else (13, 17, 10), found, strict=True):
             assert count == examples
             same(scores, one.scores(QUERIES, rows))
             assert torch.equal(index, one.top(QUERIES, rows, 3).helpful_index)
-    blocks = [{name: text for name, text in contents(tmp_path / name).items() if name != "manifest.json"}
-              for name in ("one", "two")]  # fmt: skip
-    assert blocks[0] == blocks[1]
-    one.prepare(cut_data(), folder=tmp_path / "two", compress=compress)  # which goes on from there alone
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        assert contents(tmp_path / "one") == contents(tmp_path / "some")
+    one.prepare(cut_data(), folder=tmp_path / "some", compress=compress, **options)  # which goes on from there alone
+    assert contents(tmp_path / "one") == contents(tmp_path / "some")
+
+
+@pytest.mark.parametrize("options", [{"checked": 5}, {"checked": 5, "queries": QUERIES}])
+def test_most_error__refuses_in_several_processes_what_it_refuses_in_one(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    told = influence().prepare(cut_data(), compress=0.5, **options).compression
+    assert told is not None
+    for most, refused in ((told.error * 0.999, True), (told.error * 1.001, False)):
+        found = ranks.run(2, write, str(tmp_path / "some"), 0.5, "", options | {"most_error": most})
+        assert ["at most most_error" in str(one) for one in found] == [refused, refused]
 
 
 @pytest.mark.parametrize(
@@ -373,10 +394,11 @@ def test_two_processes__write_what_one_writes(compress: Any, tmp_path: Path) -> 
     [
         ("data", "an error in rank 1"), ("weights", "another parameters_hash"),
         ("fisher", "another Fisher or damping"), ("damping", "another Fisher or damping"),
+        ("queries", "another queries"),
     ],
 )  # fmt: skip
 def test_an_error_in_one_process__is_one_in_all(wrong: str, words: str, tmp_path: Path) -> None:
-    found = ranks.run(2, write, str(tmp_path / "rows"), 0.8, wrong)
+    found = ranks.run(2, write, str(tmp_path / "rows"), 0.8, wrong, {"queries": QUERIES})
     assert "ProcessError" in found[0]
     assert words in found[0]
     assert "Error" in found[1]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
@@ -309,68 +308,38 @@ def check_compress(compress: object, *, token: bool) -> None:
 # -- the error ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was found on the examples of one process.
-
-    Args:
-        sizes: of all rows, compressed and whole: squares in (F + λI)⁻¹, then bytes.
-        errors: of each query.
-        correlations: of each query.
-        checked: how many training examples.
-    """
-
-    sizes: tuple[tuple[float, float], tuple[int, int]]
-    errors: Float[Tensor, "Q"]
-    correlations: Float[Tensor, "Q"]
-    checked: int
-
-    @classmethod
-    def of(cls, inverse: Factorization, basis: Basis, sample: Rows, queries: Rows | None, most: int) -> Measured:
-        """On a sample of whole rows and on queries, so many at a time; None for the sample, without their own rows."""
-        short = basis.turned(sample)
-        squares = float(basis.inverse._row_squares(short).sum()), float(inverse._row_squares(sample).sum())
-        taken = _bytes(short), _bytes(sample)
-        asked, pairs = sample if queries is None else queries, []
-        if sample.count < 2 or not asked.count:
-            return cls((squares, taken), torch.empty(0), torch.empty(0), sample.count)
-        for start in range(0, asked.count, most):
-            some = asked.some(slice(start, min(start + most, asked.count)))
-            pairs.append([
-                of._row_products(other, some.count, other.count).solve(own).products(other).double()
-                for of, own, other in ((inverse, some, sample), (basis.inverse, basis.turned(some), short))
-            ])  # fmt: skip
-        whole, found = (torch.cat(parts, 1).mT for parts in zip(*pairs, strict=True))
-        if queries is None:
-            others = ~torch.eye(len(whole), dtype=torch.bool, device=whole.device)
-            whole, found = (scores[others].unflatten(0, (len(whole), -1)) for scores in (whole, found))
-        errors = (found - whole).norm(dim=1) / whole.norm(dim=1)
-        ranks = [scores.argsort(1).argsort(1).double() for scores in (whole, found)]
-        centred = [one - one.mean(1, keepdim=True) for one in ranks]
-        correlations = (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
-        return cls((squares, taken), errors.nan_to_num(0.0).cpu(), correlations.nan_to_num(1.0).cpu(), sample.count)
-
-    @staticmethod
-    def report(parts: Sequence[Measured], basis: Basis) -> Compression:
-        """Of all processes."""
-        checked = sum(part.checked for part in parts)
-        squares, taken = (
-            [sum(pair) for pair in zip(*some, strict=True)] for some in zip(*(p.sizes for p in parts), strict=True)
-        )
-        errors, correlations = (torch.cat([getattr(p, name) for p in parts]) for name in ("errors", "correlations"))
-        if not len(errors):
-            raise InvalidArgumentError(
-                call=CALL, got="fewer than two examples with a label that counts",
-                expected="some, on which the error is measured",
-                try_="more training examples with labels, queries= of another set, or whole rows",
-            )  # fmt: skip
-        # Rounded, so that the same rows are told by the same text.
-        share, error, worst, rank = (
-            float(f"{float(value):.6g}")
-            for value in (squares[0] / squares[1], errors.median(), errors.max(), correlations.median())
-        )
-        size, whole = (round(total / checked) for total in taken)
-        return Compression(basis.compress, size, whole, basis.whole, share, error, worst, rank, checked)
+def measured(inverse: Factorization, basis: Basis, sample: Rows, queries: Rows | None, most: int) -> Compression:
+    """On a sample of whole rows and on queries, so many at a time; None for the sample, without their own rows."""
+    asked, pairs = sample if queries is None else queries, []
+    if sample.count < 2 or not asked.count:
+        raise InvalidArgumentError(
+            call=CALL, got="fewer than two examples with a label that counts",
+            expected="some, on which the error is measured",
+            try_="more training examples with labels, queries= of another set, or whole rows",
+        )  # fmt: skip
+    short = basis.turned(sample)
+    captured = float(basis.inverse._row_squares(short).sum()) / float(inverse._row_squares(sample).sum())
+    for start in range(0, asked.count, most):
+        some = asked.some(slice(start, min(start + most, asked.count)))
+        pairs.append([
+            of._row_products(other, some.count, other.count).solve(own).products(other).double()
+            for of, own, other in ((inverse, some, sample), (basis.inverse, basis.turned(some), short))
+        ])  # fmt: skip
+    whole, found = (torch.cat(parts, 1).mT for parts in zip(*pairs, strict=True))
+    if queries is None:
+        others = ~torch.eye(len(whole), dtype=torch.bool, device=whole.device)
+        whole, found = (scores[others].unflatten(0, (len(whole), -1)) for scores in (whole, found))
+    errors = ((found - whole).norm(dim=1) / whole.norm(dim=1)).nan_to_num(0.0)
+    ranks = [scores.argsort(1).argsort(1).double() for scores in (whole, found)]
+    centred = [one - one.mean(1, keepdim=True) for one in ranks]
+    correlations = (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
+    # Rounded, so that the same rows are told by the same text.
+    share, error, worst, rank = (
+        float(f"{float(value):.6g}")
+        for value in (captured, errors.median(), errors.max(), correlations.nan_to_num(1.0).median())
+    )
+    size, whole_size = (round(_bytes(rows) / sample.count) for rows in (short, sample))
+    return Compression(basis.compress, size, whole_size, basis.whole, share, error, worst, rank, sample.count)
 
 
 def _bytes(rows: Rows) -> int:

@@ -6,6 +6,7 @@ vector. It is read like a loss, lower is better, so that a positive score is a h
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -263,9 +264,7 @@ class ModelRows:
     def sample(self, blocks: RowBlocks, stride: int) -> Rows:
         """Rows of every so-many-th example; each has one, if it counts."""
         if isinstance(blocks, LiveBlocks):
-            source = ThinnedSource(blocks.problem.source, stride)
-            blocks = blocks.of(replace(blocks.problem, source=source))
-            return Rows.cat([block.rows for block in blocks])
+            return Rows.cat(self.every(blocks, stride))
         taken: list[Rows] = []
         seen = 0
         for block in blocks:
@@ -274,6 +273,18 @@ class ModelRows:
                 taken.append(thinned(block.rows, stride, first))
             seen += block.rows.count
         return Rows.cat(taken)
+
+    @staticmethod
+    def every(blocks: LiveBlocks, stride: int, before: int = 0) -> list[Rows]:
+        """The same in parts, of data that so many examples precede; none where no place is meant."""
+        source = ThinnedSource(blocks.problem.source, stride, before)
+        if next(iter(source), None) is None:
+            return []
+        return [block.rows for block in blocks.of(replace(blocks.problem, source=source))]
+
+    def digest(self, data: Data) -> str:
+        """A hash of all examples and their order."""
+        return hashlib.sha256("".join(batch.digest() for batch in self._source(data)).encode()).hexdigest()[:32]
 
     def probe(self, blocks: RowBlocks) -> Rows:
         """Some rows of the form that all have."""

@@ -34,12 +34,21 @@ from fisherkit.influence.blocks import (
     read_blocks,
     write_blocks,
 )
-from fisherkit.influence.compression import FILE, Basis, LayerBasis, Measured, check_compress, refuse_error
+from fisherkit.influence.compression import (
+    FILE,
+    Basis,
+    Compression,
+    LayerBasis,
+    check_compress,
+    measured,
+    refuse_error,
+)
 from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
 from fisherkit.operators.factorization import Factorization, RowProducts
 from fisherkit.processes import Group, Processes
+from fisherkit.rows.collection import Rows
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
 
@@ -131,7 +140,8 @@ class InfluenceScores:
                 effective dimension Σ e/(e + λ) (a float, at most 1). Layers without factors stay whole.
             most_error: refuse, before rows are kept, if a query's scores by compressed rows are farther off than
                 this, ‖compressed − whole‖ / ‖whole‖, in the median over the queries.
-            queries: on which that is measured; None for the training examples that are checked, each with the others.
+            queries: on which that is measured, the same in all processes; None for the training examples that are
+                checked, each with the others.
             checked: on how many training examples, at least about, scores by whole rows are computed for it.
             group: processes that compress alike and keep rows in one folder, each those of its own data, in the order
                 of their ranks. None for the default group, where there is one, False for this process alone. Whole
@@ -170,7 +180,8 @@ class InfluenceScores:
         by_all(processes, self._model_rows.begin)
         if processes is not None:
             asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
-            asked |= {"queries": queries is not None, "folder": "None" if folder is None else "a path"}
+            told = None if queries is None else by_all(processes, lambda: self._model_rows.digest(queries))
+            asked |= {"queries": told, "folder": "None" if folder is None else "a path"}
             processes.require_same("prepare", self._model_rows.settings(token=by == "token") | asked)
         live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
         largest = live.limit
@@ -198,14 +209,21 @@ class InfluenceScores:
         if processes is not None:
             processes.each("prepare", basis.refuse_other)
 
-        def measured() -> Measured:
-            stride, most = max(1, live.count() // checked), rows.room(2 * rows.space.size)
+        # Examples of all data, by their place there, and one process that measures: any number of them tell the same.
+        count = by_all(processes, live.count)
+        before, total = 0, count
+        if processes is not None:
+            before, total = processes.before(live.counted), sum(processes.gathered(count))
+        sample = by_all(processes, lambda: rows.every(live, max(1, total // checked), before))
+        if processes is not None:
+            sample = [part for rank in range(processes.size) for part in processes.sent_by(rank, sample)]
+
+        def told() -> Compression:
             asked = None if queries is None else rows.queries(queries, "loss")
             some = None if asked is None else rows.sample(asked, max(1, asked.count() // checked))
-            return Measured.of(self._inverse, basis, rows.sample(live, stride), some, most)
+            return measured(self._inverse, basis, Rows.cat(sample), some, rows.room(2 * rows.space.size))
 
-        own = by_all(processes, measured)
-        report = Measured.report([own] if processes is None else processes.gathered(own), basis)
+        report = by_first(processes, told)
         refuse_error(report, most_error)
         settings = live.settings | {"compress": basis.settings}
         return LiveBlocks(live.problem, live.limit, settings, basis, report), report.bytes

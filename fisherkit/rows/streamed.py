@@ -196,11 +196,11 @@ def products_before_rows(plan: Plan, vectors: int, examples: int) -> float:
 
 
 class ThinnedSource(Source):
-    """Every k-th example of the data (``stride``)."""
+    """Every k-th example (``stride``) of the data and of so many examples ``before`` them."""
 
-    def __init__(self, source: Source, stride: int) -> None:
+    def __init__(self, source: Source, stride: int, before: int = 0) -> None:
         super().__init__(source.batches, source.model)
-        self.source, self.stride = source, stride
+        self.source, self.stride, self.before = source, stride, before
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over all batches."""
@@ -208,7 +208,7 @@ class ThinnedSource(Source):
 
     def numbered(self) -> Iterator[tuple[int, Batch]]:
         """The same with the numbers that all of the data give them."""
-        seen = 0
+        seen = self.before
         for number, batch in self.source.numbered():
             first = -seen % self.stride
             if first < batch.size:
