@@ -378,6 +378,33 @@ def test_several_processes__write_what_one_writes(
     assert contents(tmp_path / "one") == contents(tmp_path / "some")
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.first, self.last = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.last(self.first(self.embedding(ids)).tanh().mean(1))
+        return found
+
+
+def write_texts(rank: int, size: int, folder: str, compress: Any) -> None:
+    """Of long texts a layer's rows are fewer numbers written out, of short ones as factors: the first batch decides."""
+    torch.manual_seed(0)
+    net = Words()
+    texts = [(torch.randint(20, (10, length)), torch.randint(4, (10,))) for length in (40, 30, 3, 2)]
+    scores = InfluenceScores(fk.EmpiricalFisher(net, texts, structure="ekfac", group=False), net)
+    scores.prepare(texts[4 * rank // size : 4 * (rank + 1) // size], folder=folder, compress=compress)
+
+
+@pytest.mark.parametrize("compress", [None, 0.5])
+def test_processes_with_batches_of_other_lengths__write_what_one_writes(compress: Any, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        write_texts(0, 1, str(tmp_path / "one"), compress)
+    assert ranks.run(2, write_texts, str(tmp_path / "two"), compress) == [None, None]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 @pytest.mark.parametrize("options", [{"checked": 5}, {"checked": 5, "queries": QUERIES}])
 def test_most_error__refuses_in_several_processes_what_it_refuses_in_one(
     options: dict[str, Any], tmp_path: Path

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,6 +125,16 @@ class LiveBlocks(RowBlocks):
     def counted(self) -> int:
         """Without the model; a loader may drop or merge examples of its data set."""
         return sum(batch.size for batch in self.problem.source)
+
+    @property
+    def written_out(self) -> dict[tuple[str, ...], bool]:
+        """Of each unit whether its rows are written out and not kept as factors, which goes by the first batch."""
+        return {unit.names: unit.stored for unit in self.problem.plan.ruled}
+
+    def set_written_out(self, chosen: Mapping[tuple[str, ...], bool]) -> None:
+        """Keep rows as other blocks keep theirs."""
+        for unit in self.problem.plan.ruled:
+            unit.stored = chosen.get(unit.names, unit.stored)
 
     @property
     def space(self) -> ParameterSpace:

@@ -184,6 +184,7 @@ class InfluenceScores:
             asked |= {"queries": told, "folder": "None" if folder is None else "a path"}
             processes.require_same("prepare", self._model_rows.settings(token=by == "token") | asked)
         live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
+        live.set_written_out(by_first(processes, lambda: live.written_out))
         largest = live.limit
         if compress is not None:
             live, size = self._compressed(live, compress, most_error, path, queries, checked, processes)
