@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,32 @@ def test_bytes__are_those_that_a_block_takes() -> None:
     few = scores.prepare((x[:, :2], y[:, :2]), compress=0.99).compression  # two factors are fewer numbers there
     assert few is not None
     assert few.bytes < few.whole_bytes
+
+
+@pytest.mark.parametrize(("compress", "larger"), [(0.5, False), (6, False), (7, True), (0.99, True)])
+def test_rows_that_compression_enlarges__are_told_of_before_they_are_kept(
+    compress: Any, larger: bool, tmp_path: Path
+) -> None:
+    """With a bias and all eigenvectors of its inputs a layer has one number more than whole."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+        x, y = torch.randn(300, 6, dtype=F64), torch.randint(6, (300,))
+    scores = InfluenceScores(fk.ExactFisher(net, (x, y), structure="kfac"), net)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rows = scores.prepare((x, y), compress=compress, most_error=2.0)
+    assert rows.compression is not None
+    found = [str(one.message) for one in told]
+    assert larger == (rows.compression.bytes > rows.compression.whole_bytes) == bool(found)
+    if larger:
+        assert f"{rows.compression.bytes} bytes an example" in found[0]
+        assert f"{rows.compression.whole_bytes} whole. Try: a smaller share or rank" in found[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="compressed rows take"):
+                scores.prepare((x, y), compress=compress, folder=tmp_path / "rows")
+        assert not (tmp_path / "rows").exists()
 
 
 def test_too_large_an_error__is_refused_before_anything_is_kept(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.arguments import check_count, check_number, is_integer
-from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.errors import FileFormatError, InvalidArgumentError, warn
 from fisherkit.model_state import tensors_hash
 from fisherkit.operators import BlockDiagonalOperator, DiagonalOperator, FisherOperator
 from fisherkit.operators.composite import join
@@ -309,7 +309,10 @@ def check_compress(compress: object, *, token: bool) -> None:
 
 
 def measured(inverse: Factorization, basis: Basis, sample: Rows, queries: Rows | None, most: int) -> Compression:
-    """On a sample of whole rows and on queries, so many at a time; None for the sample, without their own rows."""
+    """On a sample of whole rows and on queries, so many at a time; None for the sample, without their own rows.
+
+    Warns of rows that take more bytes than whole ones.
+    """
     asked, pairs = sample if queries is None else queries, []
     if sample.count < 2 or not asked.count:
         raise InvalidArgumentError(
@@ -339,6 +342,11 @@ def measured(inverse: Factorization, basis: Basis, sample: Rows, queries: Rows |
         for value in (captured, errors.median(), errors.max(), correlations.nan_to_num(1.0).median())
     )
     size, whole_size = (round(_bytes(rows) / sample.count) for rows in (short, sample))
+    if size > whole_size:
+        warn(
+            f"{CALL}: compressed rows take {size:,} bytes an example and {whole_size:,} whole. Try: a smaller share or "
+            "rank, or whole rows, without compress=."
+        )
     return Compression(basis.compress, size, whole_size, basis.whole, share, error, worst, rank, sample.count)
 
 
