@@ -361,7 +361,12 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:make", "--worst", "2", "--max-length", "3"), ("--max-length with a function",)),
         (("scored_module:make", "--rows", "no/rows"), ("scores --rows: got a folder that does not exist: ", "no")),
         (("scored_module:make", "--most-error", "0.1"), ("--most-error without --compress",)),
-        (("scored_module:make", "--structure", "full", "--compress", "0.5"), ("without Kronecker factors",)),
+        # Before the model is made: there is none.
+        (("missing:make", "--structure", "full", "--compress", "0.5"),
+            ("--compress with --structure full", "without Kronecker factors", "Try: --structure kfac, ekfac or nkp, or")),
+        (("missing:make", "--structure", "diagonal", "--compress", "3"), ("--compress with --structure diagonal",)),
+        (("missing:make", "--fisher", "d", "--compress", "3"), ("--compress with --fisher d, of structure diagonal",
+            "Try: a Fisher file of structure kfac, ekfac or nkp, or whole rows")),
         (("scored_module:make", "--absolute-damping"), ("without --damping",)),
         (("scored_module:make", "--params", "head.*"), ("matches no parameter",)),
         (("scored_module:make", "--fisher", "f", "--kind", "ef"), ("--kind beside --fisher",)),
@@ -375,11 +380,13 @@ def test_scores__refuses_with_what_to_do_and_leaves_no_file(
 ) -> None:
     model, data, _ = parts()
     fk.EmpiricalFisher(model, data, structure="kfac").save(folder / "f")
+    fk.EmpiricalFisher(model, data, structure="diagonal").save(folder / "d")
     result = run(*(text.format(classifier=classifier, data=train) for text in arguments), "--out", "new/found")
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("error: ")
     for word in words:
         assert word in result.stderr
+    assert "shard=" not in result.stderr
     assert not (folder / "new").exists()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit import io
 from fisherkit.influence import InfluenceScores, RowBlocks
+from fisherkit.structures import structures
 from tests import ranks
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
@@ -220,6 +221,13 @@ def test_bad_input__is_refused(options: Any, words: str) -> None:
 def test_a_fisher_without_factors__is_refused(structure: str) -> None:
     with pytest.raises(fk.InvalidArgumentError, match=r"without Kronecker factors.*kfac"):
         influence(structure=structure).prepare((X, Y), compress=0.5)
+
+
+@pytest.mark.parametrize("name", [name for name, one in structures().items() if one.__module__.startswith("fisherkit")])
+def test_structures__say_whether_their_rows_can_be_compressed(name: str) -> None:
+    fisher = fk.EmpiricalFisher(model(), (X, Y), structure=name)
+    found = [block.eigenbases is not None for block in fisher._blocks()]
+    assert any(found) == structures()[name].has_eigenbases
 
 
 def test_too_few_examples_to_measure_on__are_refused() -> None:

@@ -33,11 +33,11 @@ from fisherkit.influence import Compression, InfluenceScores, RowBlocks, TopScor
 from fisherkit.influence.compression import check_compress
 from fisherkit.likelihoods import Bernoulli, Categorical, Likelihood
 from fisherkit.model_inputs import is_causal
-from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, usual_damping
+from fisherkit.operators import Damping, FisherOperator, RelativeDamping, load, open_file, usual_damping
 from fisherkit.processes import Group, Processes, started
 from fisherkit.processes import Share as BatchShare
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.structures import structure_named
+from fisherkit.structures import structure_named, structures
 from fisherkit.vectors import rule_of, spelled
 
 CALL = "fisherkit scores"
@@ -142,10 +142,27 @@ class Scores(ModelOptions):
             raise InvalidArgumentError(
                 CALL, "--most-error without --compress", "both", why="whole rows have no such error"
             )
+        if self.compress is not None:
+            self._check_factors()
         if self.save_fisher is not None:
             check_fisher_file(self.save_fisher, f"{CALL} --save-fisher", overwrite=self.overwrite)
         if self.rows is not None:
             io.require_folder(self.rows.parent, f"{CALL} --rows")
+
+    def _check_factors(self) -> None:
+        """Refuse a structure whose rows cannot be compressed, as far as a name or a file's description tells."""
+        name, known, instead = self.structure, structures(), "--structure"
+        asked = f"{instead} {name}"
+        if self.fisher is not None:
+            name, instead = open_file(self.fisher).metadata.get("structure", ""), "a Fisher file of structure"
+            asked = f"--fisher {self.fisher}, of structure {name}"
+        if name in known and not known[name].has_eigenbases:
+            others = [other for other, structure in known.items() if structure.has_eigenbases]
+            raise InvalidArgumentError(
+                CALL, f"--compress with {asked}, which is without Kronecker factors", "one with them",
+                why="rows are compressed to the factors' eigenvectors",
+                try_=f"{instead} {', '.join(others[:-1])} or {others[-1]}, or whole rows, without --compress",
+            )  # fmt: skip
 
     def _subject(self) -> Subject:
         """The model with its data."""

@@ -203,6 +203,8 @@ class Structure(ABC):
     """Whether layers can be handled one after the other: whether no block of the operator is of several layers."""
     packs: ClassVar[bool] = False
     """Whether the operator's numbers can be kept in a coarser dtype than they are added up in."""
+    has_eigenbases: ClassVar[bool] = False
+    """Whether the operator answers `eigenbases`, of layers with factors at least."""
     passes: ClassVar[int] = 1
     """Over the rows, about."""
     instead: ClassVar[str] = "params= to choose fewer parameters"

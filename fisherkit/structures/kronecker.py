@@ -369,6 +369,7 @@ class KFAC(LayerStructure):
     meaning = "a Kronecker product a layer: activations' factor ⊗ output gradients' factor"
     needs_rows = False
     counts_positions = True
+    has_eigenbases = True
     in_parts = True
     packs = True
     instead = 'structure="diagonal", or params= without the widest layers'
