@@ -26,7 +26,7 @@ from fisherkit.wrappers import local, shard_like
 CALL = "Preconditioner"
 
 DAMPING, MOMENTUM, LAYER_RMS, EMA, UPDATE_EVERY, REFRESH_EVERY = LayerDamping(0.3), 0.9, 0.2, 0.95, 5, 2
-"""Without a damping of yours."""
+"""Of layers' structures where no damping is passed; `EMA` in any case."""
 
 
 class Preconditioner(Watching):
