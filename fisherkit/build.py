@@ -42,8 +42,8 @@ MANY = 64
 """Output vectors an example from which on a run's cost is told before it."""
 
 KEPT = 1 << 28
-"""Bytes of rows that are kept for a second pass where no `memory_budget` is given, or as many as the result has. More
-would save a fifth of the time, however large they are."""
+"""Where no `memory_budget` is given and a structure reads the rows twice, rows of up to so many bytes, or as many as
+the result takes, stay in memory for the second reading; more are made again. Keeping them saves a fifth of the time."""
 
 SHOWN = 12
 """Parts that a plan names."""
@@ -377,8 +377,10 @@ class Builder:
                     operator = structure.operator(sums, self._scale(tally))
                 # What is made of rows or of a decomposition is looked at where that cannot be told from the rows.
                 if may_overflow(tally.squares, structure.dtype):
-                    check_finite(operator._diagonal(), "F")
+                    check_finite(operator._diagonal(), f'structure="{structure.name}"')
             except NonFiniteError as error:
+                if not is_own(type(structure)):  # which says itself what is wrong
+                    raise
                 raise _overflow(structure, error, operator) from error
             if not is_own(type(structure)) and operator.nbytes > self.budget >= structure.bytes(self.problem):
                 raise MemoryBudgetError(
@@ -428,6 +430,8 @@ class Builder:
                 with checked_together():
                     going = structure.next_pass(sums)
             except NonFiniteError as error:
+                if not is_own(type(structure)):
+                    raise
                 raise _overflow(structure, error) from error
             if going is None:
                 return sums
@@ -539,7 +543,7 @@ class Builder:
         self._foretell(readings)
         for chunk in chunks:
             dropped = () if chunk.dropped is None else (chunk.dropped,)
-            self.counted.append(Tally(chunk.counted, chunk.rows.count, dropped, chunk.rows.squares))
+            self.counted.append(Tally(chunk.counted, chunk.rows.count, dropped, chunk.squares))
             yield chunk
             del chunk  # not to be held while the next one is made
         if self.processes is None:

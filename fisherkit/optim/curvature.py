@@ -436,7 +436,7 @@ class Curvature:
             # States of before do not say of which parameters they are, nor have they momentum.
             known = dict(json.loads(state["parameters"])) if "parameters" in state else own
             fits = known == own
-            records = self.averages.read(state["averages"] if fits else [], parameters)
+            records = self.averages.read(state["averages"] if fits else [], parameters, state["updates"])
             momentum = state.get("momentum", {}) if fits and self.gradient_momentum else {}
             of = {name: parameters[name] for name in momentum}
             kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}

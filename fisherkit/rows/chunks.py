@@ -6,6 +6,7 @@ Knows neither the data's loop nor what becomes of the rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,8 @@ class Chunk:
     ``regular`` if rows are ordered by example and every example has equally many. The ``first`` chunk adds all examples
     that count to N (``counted``), and the trace that the kind left out of each one's output Fisher (``dropped``).
     ``counted_positions`` are those ``[B, P]`` of the outputs that count, all if ``whole``; then those of the inputs
-    that are data, if the batch says so in an attention mask.
+    that are data, if the batch says so in an attention mask. ``squares`` is about the most that Σ_r ‖row_r‖² can be, of
+    rows that were looked at (`Rows.finite`); infinite where the outputs' Hessian stands for vectors.
     """
 
     rows: Rows
@@ -37,13 +39,14 @@ class Chunk:
     whole: bool
     counted_positions: tuple[Bool[Tensor, "..."], ...]
     dropped: Float[Tensor, "n"] | None
+    squares: float = 0.0
 
     @classmethod
     def whole_batch(cls, rows: Rows, outputs: Outputs, batch: Batch, counts: tuple[int, int]) -> Chunk:
         """All rows of a micro-batch at once, for sums that do not ask whose each is; ``counts`` as in `Slots.of`."""
         counting = _counting(outputs.mask, batch)
         nobody = torch.empty(0, dtype=torch.long, device=outputs.mask.device)
-        return cls(rows, nobody, False, True, counts[0], outputs.whole and len(counting) == 1, counting, None)
+        return cls(rows, nobody, False, True, counts[0], outputs.whole and len(counting) == 1, counting, None, math.inf)
 
 
 def _counting(mask: Bool[Tensor, "B P"], batch: Batch) -> tuple[Bool[Tensor, "..."], ...]:
@@ -148,5 +151,4 @@ def joined(chunks: list[Chunk]) -> Chunk:
     owner = torch.cat([chunk.owner for chunk in chunks])
     order = torch.argsort(owner, stable=True)
     rows = Rows.cat([chunk.rows for chunk in chunks]).reordered(order, all(chunk.regular for chunk in chunks))
-    rows.squares = sum(chunk.rows.squares for chunk in chunks)
-    return replace(chunks[0], rows=rows, owner=owner[order])
+    return replace(chunks[0], rows=rows, owner=owner[order], squares=sum(chunk.squares for chunk in chunks))
