@@ -112,6 +112,7 @@ class Curvature:
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping | LayerDamping, list[Factorization]] | None = None
         self._momentum: dict[str, Tensor] = {}
+        self._large = False
 
     @property
     def due(self) -> bool:
@@ -182,9 +183,13 @@ class Curvature:
         found = norms(tensors)
         if finite_by(found, tensors):
             squares = square_bound(found[len(gradients) :], numbers)
+            totals: dict[ParameterSpace, Tensor] = {}
             for rows in (chunk.rows for _, chunk in chunks if may_overflow(squares, chunk.rows.dtype)):
-                if not all_finite(total := rows.squared_sum()):
-                    raise overflow(f"{self.call}.step", infinite(rows.space, total), rows.dtype)
+                totals[rows.space] = totals.get(rows.space, 0.0) + rows.squared_sum()
+                if not all_finite(totals[rows.space].sum()):
+                    where = infinite(rows.space, totals[rows.space]) or "all parameters together"
+                    raise overflow(f"{self.call}.step", where, rows.dtype)
+            self._large = bool(totals)
             return True
         if all_finite(*gradients.values()):
             for number, chunk in chunks:
@@ -248,7 +253,10 @@ class Curvature:
         else:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
-                self.averages.update(captured[0].plan, space, chunks, examples, self.processes)
+                self.averages.update(
+                    captured[0].plan, space, chunks, examples, self.processes, call=f"{self.call}.step",
+                    large=self._large or self.processes is not None,  # in one process, in all
+                )  # fmt: skip
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
         self._expect()
