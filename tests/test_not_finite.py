@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.arithmetic import all_finite
 from fisherkit.operators import LowRankOperator, unwrap
+from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows
+from fisherkit.structures import base
+from fisherkit.structures.diagonal import Squares
 from tests.axes import paired
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
@@ -331,6 +334,40 @@ def test_squares__of_rows_that_are_made_a_vector_at_a_time(depth: int, structure
     x[4, 1] = 1e21
     with pytest.raises(fk.NonFiniteError, match=r"infinite sums of squares: .*'([01]\.)?weight'"):
         fk.ExactFisher(model, (x, None), **options).trace()
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES, "nkp"])
+@pytest.mark.parametrize("params", [None, ["1.weight", "1.bias"]], ids=["above others", "alone"])
+def test_squares__of_a_last_layer_whose_rows_are_never_made(params: Any, structure: str) -> None:
+    """Inputs of 1e15 and a loss whose Hessian is 1e10: each Kronecker factor is finite, and their products are not."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 20)), torch.rand(6, 4) + 0.5
+    with torch.no_grad():
+        model[0].weight.mul_(1e15)
+        model[1].weight.zero_()
+        model[1].bias.fill_(23.0)
+    options: dict[str, Any] = {"likelihood": "poisson", "structure": structure, "params": params}
+    with pytest.raises(fk.NonFiniteError, match=r"infinite sums of squares: .*'1\.weight'"):
+        fk.ExactFisher(model, (x, None), **options).trace()
+    fk.ExactFisher(model.double(), (x.double(), None), **options).trace()
+
+
+@pytest.mark.parametrize("where", ["next_pass", "operator"])
+def test_an_error__of_a_users_own_structure_stays_as_it_is(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_BY_NAME", dict(base._BY_NAME))  # so that no other test meets it
+
+    class Own(fk.structures.LayerStructure):
+        name = "own"
+
+        def record(self, rows: UnitRows) -> Squares:
+            return Squares(rows.squared_sum())
+
+    def fail(*_: Any) -> None:
+        raise fk.NonFiniteError("my structure", "a logarithm of 0", "a number above 0")
+
+    monkeypatch.setattr(Own, where, fail)
+    with pytest.raises(fk.NonFiniteError, match=r"^my structure: got a logarithm of 0"):
+        fk.EmpiricalFisher(*large(1.0, torch.float32), structure="own")
 
 
 def test_sums__of_squares_that_overflow_together_are_refused() -> None:

@@ -135,7 +135,7 @@ class InfluenceScores:
             checked: on how many training examples, at least about, scores by whole rows are computed for it.
             group: processes that compress alike and keep rows in one folder, each those of its own data, in the order
                 of their ranks. None for the default group, where there is one, False for this process alone. Whole
-                rows in memory are each process's own.
+                rows in memory are each process's own, made without the others.
 
         Returns:
             The rows, of several processes this one's own (`read` has all). Their ``compression`` says what became of

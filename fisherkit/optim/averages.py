@@ -64,8 +64,8 @@ class Averages:
     gives it (bias correction, as in Adam). In a later update that does not use the layer, its F_k is 0. Kronecker
     factors are averaged one by one, as is usual; that of a layer's inputs, whose examples are counted, over the updates
     that used it. An eigenbasis is renewed every ``refresh_every`` updates.
-    ``settings`` are the structure's; ``records`` are of the last update, by unit and label, and ``ages`` say how many
-    updates each has been in.
+    ``settings`` are the structure's; ``records`` are by unit and label, ``ages`` say how many updates each has been in,
+    and ``latest`` are those that the last update had rows for.
     """
 
     def __init__(self, structure: type[Structure], *, ema: float, refresh_every: int, **settings: Any) -> None:
@@ -73,6 +73,7 @@ class Averages:
         self.settings = {**settings, "averaged": ema > 0}
         self.records: dict[tuple[Names, str], UnitSums] = {}
         self.ages: dict[tuple[Names, str], int] = {}
+        self.latest: list[tuple[Names, str]] = []
         self.updates = 0
         self._space: tuple[ParameterSpace, ParameterSpace] | None = None
 
@@ -98,6 +99,10 @@ class Averages:
                 sums = structure.next_pass(found)
         if large:
             _refuse_infinite(records, call, plan.dtype)
+        self.latest, named = list(records), {name for names, _ in records for name in names}
+        for key, known in self.records.items():  # of layers that this model's passes have not met yet
+            if self.ema > 0 and named.isdisjoint(key[0]):
+                records[key] = known.scaled(ema[key])
         self.ages = {key: self.ages.get(key, 0) + 1 for key in records}
         self.records, self._space = records, None
         self.updates += 1
@@ -105,13 +110,13 @@ class Averages:
     def operator(self, space: ParameterSpace, like: Tensor) -> FisherOperator:
         """F over the parameters of the last update; ``like`` has the rows' dtype and device."""
         structure = self.structure(space, like.dtype, like.device, (), **self.settings)
-        last = {names: unit for (names, _), unit in self.records.items()}
+        last = {key[0]: self.records[key] for key in self.latest}
         return structure.operator(LayerSums(structure, last), 1.0)  # type: ignore[arg-type]  # a structure of layers
 
     def space(self, whole: ParameterSpace) -> ParameterSpace:
         """The parameters of the last update."""
         if self._space is None or self._space[0] is not whole:
-            self._space = whole, whole.restrict(name for names, _ in self.records for name in names)
+            self._space = whole, whole.restrict(name for names, _ in self.latest for name in names)
         return self._space[1]
 
     def state(self) -> list[dict[str, Any]]:
@@ -151,7 +156,7 @@ class Averages:
         """Go on from what was read, after so many updates."""
         self.records = {key: record for key, (record, _) in known.items()}
         self.ages = {key: age for key, (_, age) in known.items()}
-        self.updates, self._space = updates, None
+        self.latest, self.updates, self._space = list(known), updates, None
 
     def _old_label(self, tensors: Mapping[str, Tensor]) -> str:
         """The record of a state that names none."""

@@ -129,19 +129,25 @@ class Slots:
         return None if bool(keep.all()) else keep
 
     def chunks(
-        self, batch: Batch, step: int, make_rows: Callable[[Float[Tensor, "k B P C"], RowSelection], Rows]
-    ) -> Iterator[Chunk]:
-        """Rows of all slots, of so many vectors an example at a time (``step``)."""
+        self, batch: Batch, step: int, make_rows: Callable[[Float[Tensor, "k B P C"], RowSelection], Rows],
+        call: str | None = None,
+    ) -> Iterator[Chunk]:  # fmt: skip
+        """Rows of all slots, of so many vectors an example at a time (``step``).
+
+        They are looked at, and an error names the ``call``; those for None are not.
+        """
         positions = _counting(self.mask, batch)
         for first in range(0, self.number, step):
             some = slice(first, min(first + step, self.number))
             v, keep = self.vectors(some), self.keep(some)
             selection = RowSelection(v.shape[0], batch.size, v.device, keep)
+            rows = make_rows(v, selection)
             yield Chunk(
-                make_rows(v, selection), selection.owner, keep is None, first == 0,
+                rows, selection.owner, keep is None, first == 0,
                 self.counted if first == 0 else 0, self.whole and len(positions) == 1, positions,
-                self.dropped if first == 0 else None,
+                self.dropped if first == 0 else None, 0.0 if call is None else rows.finite(call),
             )  # fmt: skip
+            del rows  # not to be held while the next are made
 
 
 def joined(chunks: list[Chunk]) -> Chunk:

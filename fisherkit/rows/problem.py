@@ -580,12 +580,8 @@ class Problem:
                 raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
             return found
 
-        yield from map(functools.partial(self._looked_at, head, call), slots.chunks(batch, step, rows))
-
-    def _looked_at(self, head: Head | None, call: str, chunk: Chunk) -> Chunk:
-        """A chunk whose rows are finite, with the last layer's where that is apart."""
-        chunk = replace(chunk, squares=chunk.rows.finite(call))
-        return chunk if head is None else head.joined(chunk, self.plan)
+        chunks = slots.chunks(batch, step, rows, call)
+        yield from chunks if head is None else (head.joined(chunk, self.plan) for chunk in chunks)
 
     def _prepared(
         self, linearized: Linearized | OneByOne, batch: Batch, outputs: Outputs, counts: tuple[int, int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -469,7 +469,7 @@ def structure_named(name: object, call: str) -> type[Structure]:
     """The structure of a name."""
     known = structures()
     check_choice(call, "structure", name, list(known))
-    return known[str(name)]
+    return known[cast(str, name)]
 
 
 def record_class(label: str) -> type[UnitSums]:
