@@ -24,7 +24,6 @@ from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOp
 from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import check_finite, checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.operators.persistence import is_own
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
@@ -379,10 +378,10 @@ class Builder:
                 if may_overflow(tally.squares, structure.dtype):
                     check_finite(operator._diagonal(), f'structure="{structure.name}"')
             except NonFiniteError as error:
-                if not is_own(type(structure)):  # which says itself what is wrong
+                if not structure.own:  # which says itself what is wrong
                     raise
                 raise _overflow(structure, error, operator) from error
-            if not is_own(type(structure)) and operator.nbytes > self.budget >= structure.bytes(self.problem):
+            if not structure.own and operator.nbytes > self.budget >= structure.bytes(self.problem):
                 raise MemoryBudgetError(
                     f'structure="{structure.name}"', f"an operator of {readable(operator.nbytes)}",
                     f"at most memory_budget = {readable(self.budget)}",
@@ -430,7 +429,7 @@ class Builder:
                 with checked_together():
                     going = structure.next_pass(sums)
             except NonFiniteError as error:
-                if not is_own(type(structure)):
+                if not structure.own:
                     raise
                 raise _overflow(structure, error) from error
             if going is None:

@@ -379,6 +379,50 @@ def test_sums__of_squares_that_overflow_together_are_refused() -> None:
             fk.EmpiricalFisher(model, one * 4, structure=structure)
 
 
+@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "nkp"])
+def test_steps__of_squares_that_overflow_in_sum_or_in_eigenvectors_leave_averages_alone(
+    structure: str, passes: int
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    averaged: dict[str, Any] = {} if structure in ("full", "block") else {"ema": 0.9}
+    refused = 0
+    for size in (5e18, 6e18, 7e18, 9e18):
+        before = fk.optim.Preconditioner(
+            model, kind="ef", likelihood="gaussian", structure=structure, damping=fk.RelativeDamping(0.1), **averaged
+        )
+        found = []
+        for targets in (y, y * size, y):
+            model.zero_grad()
+            for part in range(passes):
+                loss = (model(x[part::passes]) - targets[part::passes]).square().sum(1).mean()
+                (loss / (2 * passes)).backward()
+            try:
+                before.step()
+            except fk.NonFiniteError:
+                refused += 1
+                continue
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+        before.close()
+        assert all(bool(torch.isfinite(g).all()) and bool(g.any()) for g in found)
+        if len(found) == 2 or structure in ("full", "block"):  # nothing is left of what was refused or is over
+            torch.testing.assert_close(found[-1], found[0], rtol=1e-4, atol=1e-6)
+    assert refused
+
+
+def test_nkp__of_large_gradients_is_that_of_small_ones_rescaled() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randn(6, 3)
+    for size in (1e15, 1e18):
+        small, large_ones = (
+            fk.EmpiricalFisher(one, (a, y.to(a) * size), likelihood="gaussian", structure="nkp").trace()
+            for one, a in ((copy.deepcopy(model).double(), x.double()), (model, x))
+        )
+        torch.testing.assert_close(large_ones.double(), small.double(), rtol=1e-4, atol=0)
+
+
 # -- what is not refused -----------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkit.arithmetic import at_least_single
+from fisherkit.arithmetic import all_finite, at_least_single, overflow
+from fisherkit.errors import listed
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.linalg import checked_together
@@ -78,9 +79,12 @@ class Averages:
 
     def update(
         self, plan: Plan, space: ParameterSpace, chunks: Sequence[Chunk], examples: int,
-        processes: Processes | None = None,
+        processes: Processes | None = None, *, large: bool = False, call: str = "update",
     ) -> None:  # fmt: skip
-        """With the rows of a batch of N examples, of which each of some processes has a part, over all parameters."""
+        """With the rows of a batch of N examples, of which each of some processes has a part, over all parameters.
+
+        Where squares of ``large`` rows are too large for their dtype, it refuses and leaves the averages as they were.
+        """
         structure = replace(self.structure.of(plan, **self.settings, processes=processes), space=space)
         due = self.updates % self.refresh_every == 0
         ema = {key: self.ema * (1 - self.ema**n) / (1 - self.ema ** (n + 1)) for key, n in self.ages.items()}
@@ -93,6 +97,8 @@ class Averages:
                 found = added.averaged(self.records, ema, 1 / examples, due)
                 records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
                 sums = structure.next_pass(found)
+        if large:
+            _refuse_infinite(records, call, plan.dtype)
         self.latest, named = list(records), {name for names, _ in records for name in names}
         for key, known in self.records.items():  # of layers that this model's passes have not met yet
             if self.ema > 0 and named.isdisjoint(key[0]):
@@ -157,6 +163,13 @@ class Averages:
         if self.structure.name == "diagonal":
             return "diagonal"
         return next(label for key, label in _OLD.items() if key in tensors)
+
+
+def _refuse_infinite(records: Mapping[tuple[Names, str], UnitSums], call: str, dtype: torch.dtype) -> None:
+    """Refuse sums of squares that are too large for the dtype."""
+    for (names, _), unit in records.items():
+        if not all_finite(*unit.tensors().values()):
+            raise overflow(call, listed(map(repr, names)), dtype)
 
 
 def _check(record: UnitSums, space: ParameterSpace, like: Tensor) -> None:

@@ -210,6 +210,9 @@ class Structure(ABC):
     instead: ClassVar[str] = "params= to choose fewer parameters"
     """What to try where memory is too small for it; {0} is the structure itself."""
 
+    own: ClassVar[bool] = True
+    """Whether it is the package's, which takes what its `bytes` says."""
+
     space: ParameterSpace
     dtype: torch.dtype
     device: torch.device
@@ -235,6 +238,7 @@ class Structure(ABC):
                     why="strings, files and commands would mean another matrix by it",
                 )  # fmt: skip
             _BY_NAME[cls.name] = cls
+        cls.own = is_own(cls)
 
     @classmethod
     def of(cls: type[T], plan: Plan, **settings: Any) -> T:
