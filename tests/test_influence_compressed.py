@@ -384,8 +384,8 @@ def write(rank: int, size: int, folder: str, compress: Any, wrong: str, options:
     options = {"folder": folder, **(options or {})}
     if wrong == "queries" and rank == 1:
         options["queries"] = QUERIES[0][:5], QUERIES[1][:5]
-    if wrong == "memory" and rank == 1:
-        options["folder"] = None
+    if wrong in ("memory", "no queries") and rank == 1:
+        options["folder" if wrong == "memory" else "queries"] = None
     rows: RowBlocks = scores.prepare(own, compress=compress, **options)
     whole = scores.read(folder)
     return rows.count(), scores.scores(QUERIES, whole), scores.top(QUERIES, whole, 3).helpful_index
@@ -459,7 +459,7 @@ def test_most_error__refuses_in_several_processes_what_it_refuses_in_one(
     [
         ("data", "an error in rank 1"), ("weights", "another parameters_hash"),
         ("fisher", "another Fisher or damping"), ("damping", "another Fisher or damping"),
-        ("queries", "another queries"),
+        ("queries", "another queries"), ("no queries", "another queries in some processes"),
         ("memory", "another folder in some processes (rank 0: a path; rank 1: None)"),
     ],
 )  # fmt: skip

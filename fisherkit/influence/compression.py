@@ -312,6 +312,9 @@ def measured(inverse: Factorization, basis: Basis, sample: Rows, queries: Rows |
     """On a sample of whole rows and on queries, so many at a time; None for the sample, without their own rows.
 
     Warns of rows that take more bytes than whole ones.
+
+    Raises:
+        InvalidArgumentError: too few examples with a label that counts.
     """
     asked, pairs = sample if queries is None else queries, []
     if sample.count < 2 or not asked.count:

@@ -180,7 +180,7 @@ class InfluenceScores:
         by_all(processes, self._model_rows.begin)
         if processes is not None:
             asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
-            told = None if queries is None else by_all(processes, lambda: self._model_rows.digest(queries))
+            told = by_all(processes, lambda: None if queries is None else self._model_rows.digest(queries))
             asked |= {"queries": told, "folder": "None" if folder is None else "a path"}
             processes.require_same("prepare", self._model_rows.settings(token=by == "token") | asked)
         live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
