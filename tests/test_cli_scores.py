@@ -363,7 +363,7 @@ def test_scores__of_a_causal_model_need_no_labels(tokenizer: Any, tmp_path: Path
         (("scored_module:make", "--most-error", "0.1"), ("--most-error without --compress",)),
         # Before the model is made: there is none.
         (("missing:make", "--structure", "full", "--compress", "0.5"),
-            ("--compress with --structure full", "without Kronecker factors", "--structure kfac, ekfac or nkp, or whole")),
+            ("--compress with --structure full", "without Kronecker factors", "--structure kfac, ekfac or nkp, or")),
         (("missing:make", "--structure", "diagonal", "--compress", "3"), ("--compress with --structure diagonal",)),
         (("missing:make", "--fisher", "d", "--compress", "3"), ("--compress with --fisher d, of structure diagonal",
             "Try: a Fisher file of structure kfac, ekfac or nkp, or whole rows")),
