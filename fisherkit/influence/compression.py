@@ -194,7 +194,7 @@ class Basis:
             raise InvalidArgumentError(
                 call=CALL, got="a Fisher without Kronecker factors" if not found else "layers that share parameters",
                 expected="one of layers with eigenvectors of their own, that rows are taken into",
-                try_='structure="kfac" or "ekfac"; ' + "shard=False; " * fisher.is_sharded + "or whole rows, without compress=",
+                try_=f'structure="kfac" or "ekfac"; {"shard=False; " * fisher.is_sharded}or whole rows, no compress=',
             )  # fmt: skip
         positions = {s.names[0]: s.rows.positions for s in probe.slots if isinstance(s.rows, FactoredRows)}
         layers = [LayerBasis.of(b, own, damping, compress, positions.get(b.space.names[0], b.size)) for b, own in found]
