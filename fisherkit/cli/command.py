@@ -59,7 +59,7 @@ _PHRASES = (
 """What no rule turns into options; patterns and what stands in their place."""
 
 _CALLS = {
-    "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy", "likelihood",
+    "audit", "compare", "merge", "merge_layers", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy", "likelihood",
     "params", "RelativeDamping", "FisherApproximation", "build_file", "plan", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
