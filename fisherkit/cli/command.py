@@ -59,8 +59,8 @@ _PHRASES = (
 """What no rule turns into options; patterns and what stands in their place."""
 
 _CALLS = {
-    "audit", "compare", "merge", "merge_layers", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy", "likelihood",
-    "params", "RelativeDamping", "FisherApproximation", "build_file", "plan", *_KINDS,
+    "audit", "compare", "merge", "merge_layers", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy",
+    "likelihood", "params", "RelativeDamping", "FisherApproximation", "build_file", "plan", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 
@@ -124,8 +124,8 @@ REPLACED = "replaced"
 TYPER = "typer"
 """Under which a field's metadata have what typer is told of it."""
 
-KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self"}
-"""Of the package, where an option has another name."""
+KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self", "keep_dtype": "dtype"}
+"""Of the package, where an option has another name; a command's own options come before those that it shares."""
 
 
 class Settings(Protocol):
@@ -166,12 +166,12 @@ class Command:
     @property
     def flags(self) -> dict[str, str]:
         """The keywords of the package that the command's options stand for, and these options."""
-        found = {}
+        found: dict[str, str] = {}
         for name, parameter in self.signature.parameters.items():
             options = [entry for entry in get_args(parameter.annotation) if isinstance(entry, OptionInfo)]
             if options:
                 said = [word for word in options[0].param_decls or () if word.startswith("--")]
-                found[KEYWORDS.get(name, name)] = said[0] if said else f"--{name.replace('_', '-')}"
+                found.setdefault(KEYWORDS.get(name, name), said[0] if said else f"--{name.replace('_', '-')}")
         lists = {name: flag for name, flag in found.items() if name in ("kinds", "structures")}
         return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
 
