@@ -188,9 +188,13 @@ class Preconditioner(Watching):
         return self._curvature.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; steps go on bit for bit.
+        """The inverse of `state_dict`; steps go on bit for bit, with the same arguments.
+
+        The sum of gradients of ``gradient_momentum`` is left out where that is 0 here, and begins with the next
+        gradient where the state has none.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure, damping or model; nothing is changed.
+            InvalidArgumentError: it is of another kind, likelihood, structure, damping or model, `NaturalGradient`'s,
+                or damaged; nothing is changed.
         """
         self._curvature.loading(state_dict)()
