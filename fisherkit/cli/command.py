@@ -47,6 +47,7 @@ _PHRASES = (
     (r"pass params=lambda name, parameter: True\b", "--params '*'"),
     (r"fk\.merging\.average\(models\)", "--method average"),
     (r"fk\.load\(path, device=\"([^\"]*)\"\)", r"--device \1"),
+    (r"model\.to\(torch\.(\w+)\)", r"--dtype \1 of a folder's weights"),
     (r"written by fisher\.save\b", "that fisherkit estimate wrote"),
     (r",? or a larger memory_budget=?(?!, with)", ""),
     (r"(a cosine between 0 and 1), or None", r"\1"),
