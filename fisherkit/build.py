@@ -24,7 +24,6 @@ from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOp
 from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import check_finite, checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.operators.persistence import is_own
 from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
@@ -42,8 +41,8 @@ MANY = 64
 """Output vectors an example from which on a run's cost is told before it."""
 
 KEPT = 1 << 28
-"""Bytes of rows that are kept for a second pass where no `memory_budget` is given, or as many as the result has. More
-would save a fifth of the time, however large they are."""
+"""Where no `memory_budget` is given and a structure reads the rows twice, rows of up to so many bytes, or as many as
+the result takes, stay in memory for the second reading; more are made again. Keeping them saves a fifth of the time."""
 
 SHOWN = 12
 """Parts that a plan names."""
@@ -377,10 +376,12 @@ class Builder:
                     operator = structure.operator(sums, self._scale(tally))
                 # What is made of rows or of a decomposition is looked at where that cannot be told from the rows.
                 if may_overflow(tally.squares, structure.dtype):
-                    check_finite(operator._diagonal(), "F")
+                    check_finite(operator._diagonal(), f'structure="{structure.name}"')
             except NonFiniteError as error:
+                if not structure.own:  # which says itself what is wrong
+                    raise
                 raise _overflow(structure, error, operator) from error
-            if not is_own(type(structure)) and operator.nbytes > self.budget >= structure.bytes(self.problem):
+            if not structure.own and operator.nbytes > self.budget >= structure.bytes(self.problem):
                 raise MemoryBudgetError(
                     f'structure="{structure.name}"', f"an operator of {readable(operator.nbytes)}",
                     f"at most memory_budget = {readable(self.budget)}",
@@ -428,6 +429,8 @@ class Builder:
                 with checked_together():
                     going = structure.next_pass(sums)
             except NonFiniteError as error:
+                if not structure.own:
+                    raise
                 raise _overflow(structure, error) from error
             if going is None:
                 return sums
@@ -539,7 +542,7 @@ class Builder:
         self._foretell(readings)
         for chunk in chunks:
             dropped = () if chunk.dropped is None else (chunk.dropped,)
-            self.counted.append(Tally(chunk.counted, chunk.rows.count, dropped, chunk.rows.squares))
+            self.counted.append(Tally(chunk.counted, chunk.rows.count, dropped, chunk.squares))
             yield chunk
             del chunk  # not to be held while the next one is made
         if self.processes is None:

@@ -160,12 +160,13 @@ class Processes:
         Raises:
             ProcessError: in all of them.
         """
-        for name in everyone[0]:
-            others = {rank: one[name] for rank, one in enumerate(everyone) if one[name] != everyone[0][name]}
+        for name in dict.fromkeys(name for one in everyone for name in one):
+            first, *rest = (one.get(name, "nothing of that name") for one in everyone)
+            others = {rank: text for rank, text in enumerate(rest, 1) if text != first}
             if others:
                 got = "; ".join(f"rank {rank}: {text[:200]}" for rank, text in list(others.items())[:3])
                 raise ProcessError(
-                    call=call, got=f"another {name} in some processes (rank 0: {everyone[0][name][:200]}; {got})",
+                    call=call, got=f"another {name} in some processes (rank 0: {first[:200]}; {got})",
                     expected="the same in all of them", why="they compute one thing together",
                     try_="group=False for a result of this process alone",
                 )  # fmt: skip
@@ -207,7 +208,10 @@ class Processes:
 
 
 class Share:
-    """Some batches of data that can be iterated again and again: every step-th from start to stop, as of a slice."""
+    """One process's part of data that all processes have: of its batches, those of ``batches[start:stop:step]``.
+
+    Every iteration is a new pass over the data.
+    """
 
     def __init__(self, batches: Iterable[Any], start: int, stop: int | None = None, step: int = 1) -> None:
         self.batches, self.span = batches, (start, stop, step)

@@ -142,6 +142,11 @@ class TruncatedVectors(OutputRule):
         self.rank = 2 if rank is None and tolerance is None else rank
         self.tolerance = None if tolerance is None else float(tolerance)
 
+    @property
+    def scale_free(self) -> bool:
+        """Whether half the loss has the same vectors: the largest multiple of its gradient is the same."""
+        return True
+
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
         """Gradient first, then pivots."""
         return truncated_vectors(outputs, self.rank, self.tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit import io
-from fisherkit.influence import InfluenceScores, RowBlocks
+from fisherkit.influence import InfluenceScores, RowBlocks, blocks
 from tests import ranks
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
@@ -345,7 +346,7 @@ def write(rank: int, size: int, folder: str, compress: Any, wrong: str) -> Any:
     own = cut_data()[:1] if rank == 0 else cut_data()[1:]
     if wrong == "data" and rank == 1:
         own = [(X[:3], Y[:3] - 200)]
-    rows: RowBlocks = scores.prepare(own, folder=folder, compress=compress)
+    rows: RowBlocks = scores.prepare(own, folder=None if (wrong, rank) == ("memory", 1) else folder, compress=compress)
     whole = scores.read(folder)
     return rows.count(), scores.scores(QUERIES, whole), scores.top(QUERIES, whole, 3).helpful_index
 
@@ -373,6 +374,7 @@ def test_two_processes__write_what_one_writes(compress: Any, tmp_path: Path) -> 
     [
         ("data", "an error in rank 1"), ("weights", "another parameters_hash"),
         ("fisher", "another Fisher or damping"), ("damping", "another Fisher or damping"),
+        ("memory", "another folder in some processes (rank 0: a path; rank 1: None)"),
     ],
 )  # fmt: skip
 def test_an_error_in_one_process__is_one_in_all(wrong: str, words: str, tmp_path: Path) -> None:
@@ -381,6 +383,40 @@ def test_an_error_in_one_process__is_one_in_all(wrong: str, words: str, tmp_path
     assert words in found[0]
     assert "Error" in found[1]
     assert not (tmp_path / "rows").exists()
+
+
+def test_a_manifest__that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    influence().prepare((X, Y), folder=tmp_path / "rows")
+    manifest = tmp_path / "rows" / "manifest.json"
+    begun, text = blocks._manifest(tmp_path / "rows"), manifest.read_text("utf-8")
+    for seen in (None, "{", text.replace('"limit"', '"limits"')):  # before, while and long before it is written
+        manifest.unlink() if seen is None else manifest.write_text(seen, "utf-8")
+        with ThreadPoolExecutor() as pool:
+            other = pool.submit(lambda: (time.sleep(0.2), manifest.write_text(text, "utf-8")))
+            blocks._refuse_elsewhere(tmp_path / "rows", begun)
+        other.result()
+    manifest.unlink()
+    monkeypatch.setattr(blocks, "PATIENCE", 0.1)
+    with pytest.raises(fk.InvalidArgumentError, match="not where the first process has begun"):
+        blocks._refuse_elsewhere(tmp_path / "rows", begun)
+
+
+def test_eigenvectors__in_a_file_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read = list[str](), io.read_tensors
+
+    def counted(path: Path, *rest: Any) -> Any:
+        found = read(path, *rest)
+        reads.append(path.name)
+        return found
+
+    monkeypatch.setattr(io, "read_tensors", counted)
+    for times in (0, 1):  # made, and there
+        reads.clear()
+        influence().prepare((X, Y), folder=tmp_path / "rows", compress=0.5)
+        assert reads.count("basis.safetensors") == times
+    (tmp_path / "rows" / "basis.safetensors").write_bytes(b"damaged")
+    influence().prepare((X, Y), folder=tmp_path / "rows", compress=0.5)
+    influence().read(tmp_path / "rows")
 
 
 def test_a_process__that_looks_late_finds_what_the_first_one_has_begun(tmp_path: Path) -> None:

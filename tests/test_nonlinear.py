@@ -221,3 +221,14 @@ def test_matrix__of_a_half_model_with_small_gradients(way: str) -> None:
     found = fk.ExactFisher(net.half(), (X.half(), Y), params=["first.*"], structure="diagonal").diagonal()
     expected = fk.ExactFisher(net.float(), (X.float(), Y), params=["first.*"], structure="diagonal").diagonal()
     assert float((found.float() - expected).norm()) < 5e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("kind", ["exact", "sf:1", "truncated:2", "ef"])
+def test_hook__that_draws_in_a_backward_pass_leaves_the_generator_as_it_was(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[1].register_full_backward_hook(lambda *_: (torch.rand(3), None)[1])
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    before = torch.get_rng_state()
+    fk.FisherApproximation(model, [(x, y), (x[:4], y[:4])], kind)
+    assert torch.equal(torch.get_rng_state(), before)

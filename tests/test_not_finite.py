@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.arithmetic import all_finite
 from fisherkit.operators import LowRankOperator, unwrap
+from fisherkit.rows.base import UnitRows
 from fisherkit.rows.collection import Rows
+from fisherkit.structures import base
+from fisherkit.structures.diagonal import Squares
 from tests.axes import paired
 
 STRUCTURES = ("full", "block", "diagonal", "kfac", "ekfac")
@@ -333,6 +336,40 @@ def test_squares__of_rows_that_are_made_a_vector_at_a_time(depth: int, structure
         fk.ExactFisher(model, (x, None), **options).trace()
 
 
+@pytest.mark.parametrize("structure", [*STRUCTURES, "nkp"])
+@pytest.mark.parametrize("params", [None, ["1.weight", "1.bias"]], ids=["above others", "alone"])
+def test_squares__of_a_last_layer_whose_rows_are_never_made(params: Any, structure: str) -> None:
+    """Inputs of 1e15 and a loss whose Hessian is 1e10: each Kronecker factor is finite, and their products are not."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 20)), torch.rand(6, 4) + 0.5
+    with torch.no_grad():
+        model[0].weight.mul_(1e15)
+        model[1].weight.zero_()
+        model[1].bias.fill_(23.0)
+    options: dict[str, Any] = {"likelihood": "poisson", "structure": structure, "params": params}
+    with pytest.raises(fk.NonFiniteError, match=r"infinite sums of squares: .*'1\.weight'"):
+        fk.ExactFisher(model, (x, None), **options).trace()
+    fk.ExactFisher(model.double(), (x.double(), None), **options).trace()
+
+
+@pytest.mark.parametrize("where", ["next_pass", "operator"])
+def test_an_error__of_a_users_own_structure_stays_as_it_is(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_BY_NAME", dict(base._BY_NAME))  # so that no other test meets it
+
+    class Own(fk.structures.LayerStructure):
+        name = "own"
+
+        def record(self, rows: UnitRows) -> Squares:
+            return Squares(rows.squared_sum())
+
+    def fail(*_: Any) -> None:
+        raise fk.NonFiniteError("my structure", "a logarithm of 0", "a number above 0")
+
+    monkeypatch.setattr(Own, where, fail)
+    with pytest.raises(fk.NonFiniteError, match=r"^my structure: got a logarithm of 0"):
+        fk.EmpiricalFisher(*large(1.0, torch.float32), structure="own")
+
+
 def test_sums__of_squares_that_overflow_together_are_refused() -> None:
     model, ((_, _), (x, y), _) = large(1e19, torch.float32)
     one = [(x[1:2], y[1:2])]
@@ -340,6 +377,50 @@ def test_sums__of_squares_that_overflow_together_are_refused() -> None:
         assert bool(torch.isfinite(fk.EmpiricalFisher(model, one, structure=structure).trace()))
         with pytest.raises(fk.NonFiniteError, match="infinite sums of squares"):
             fk.EmpiricalFisher(model, one * 4, structure=structure)
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "nkp"])
+def test_steps__of_squares_that_overflow_in_sum_or_in_eigenvectors_leave_averages_alone(
+    structure: str, passes: int
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    averaged: dict[str, Any] = {} if structure in ("full", "block") else {"ema": 0.9}
+    refused = 0
+    for size in (5e18, 6e18, 7e18, 9e18):
+        before = fk.optim.Preconditioner(
+            model, kind="ef", likelihood="gaussian", structure=structure, damping=fk.RelativeDamping(0.1), **averaged
+        )
+        found = []
+        for targets in (y, y * size, y):
+            model.zero_grad()
+            for part in range(passes):
+                loss = (model(x[part::passes]) - targets[part::passes]).square().sum(1).mean()
+                (loss / (2 * passes)).backward()
+            try:
+                before.step()
+            except fk.NonFiniteError:
+                refused += 1
+                continue
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+        before.close()
+        assert all(bool(torch.isfinite(g).all()) and bool(g.any()) for g in found)
+        if len(found) == 2 or structure in ("full", "block"):  # nothing is left of what was refused or is over
+            torch.testing.assert_close(found[-1], found[0], rtol=1e-4, atol=1e-6)
+    assert refused
+
+
+def test_nkp__of_large_gradients_is_that_of_small_ones_rescaled() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randn(6, 3)
+    for size in (1e15, 1e18):
+        small, large_ones = (
+            fk.EmpiricalFisher(one, (a, y.to(a) * size), likelihood="gaussian", structure="nkp").trace()
+            for one, a in ((copy.deepcopy(model).double(), x.double()), (model, x))
+        )
+        torch.testing.assert_close(large_ones.double(), small.double(), rtol=1e-4, atol=0)
 
 
 # -- what is not refused -----------------------------------------------------------------------------------------------

@@ -121,6 +121,80 @@ def test_ema__weighs_batches_by_their_age_alone() -> None:
             of.model.get_parameter("0.weight").mul_(1.0 + 0.3 * step)
 
 
+class Skipping(nn.Module):
+    """A layer between two others that a call may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Linear(3, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, used: bool = True) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h + torch.tanh(self.between(h)) if used else h)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "by way of a state"])
+def test_ema__of_a_layer_begins_with_the_first_update_that_uses_it(again: bool, structure: str) -> None:
+    torch.manual_seed(0)
+    model, ema, seen = Skipping().double(), 0.7, list[list[Tensor] | None]()
+
+    def preconditioner() -> Any:
+        return fk.optim.Preconditioner(model, kind="ef", structure=structure, damping=LAMBDA, ema=ema)
+
+    made = preconditioner()
+    for used in (False, False, True, True, False, True):
+        x, y = torch.randn(6, 3).double(), torch.randint(3, (6,))
+        rows = torch.zeros(6, 4, 4, dtype=torch.float64)
+        with made.paused():
+            h = torch.tanh(model.first(x)).detach()
+            for n in range(6 if used else 0):
+                loss = nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
+                (rows[n],) = torch.autograd.grad(loss, model.between.weight)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x, used), y).backward()
+        gradient = rows.mean(0)
+        made.step()
+        g = rows @ h.unsqueeze(2) / h.square().sum(1)[:, None, None]  # of rows g hᵀ
+        own = [rows.square().mean(0), h.T @ h / 6, (g @ g.mT).mean(0)]
+        if used or seen:  # from the first time on
+            seen.append(own if used else None)
+        if seen:
+
+            def average(i: int, *, zeros: bool, seen: Any = seen) -> Any:
+                ages = [(ema**k, one) for k, one in enumerate(reversed(seen)) if one is not None or zeros]
+                return sum(w * one[i] for w, one in ages if one is not None) / sum(w for w, _ in ages)
+
+            matrix = average(0, zeros=True).flatten().diag()
+            if structure == "kfac":
+                matrix = torch.kron(average(2, zeros=True), average(1, zeros=False))
+            expected = torch.linalg.solve(matrix + LAMBDA * torch.eye(16), gradient.flatten())
+            if used:
+                close(model.between.weight.grad.flatten(), expected)
+        if again:
+            state = made.state_dict()
+            made.close()
+            made = preconditioner()
+            made.load_state_dict(state)
+
+
+def test_ema__of_a_state_without_ages_goes_on_as_if_all_layers_were_as_old() -> None:
+    of, ends = problem("mlp"), []
+    for old in (False, True):
+        made = fk.optim.Preconditioner(of.model, kind="ief", damping=LAMBDA, ema=0.7)
+        after_both(made, *halves(of))
+        state = made.state_dict()
+        if old:
+            state["averages"] = [{k: v for k, v in entry.items() if k != "updates"} for entry in state["averages"]]
+            state.pop("checksum")
+        made.close()
+        made = fk.optim.Preconditioner(of.model, kind="ief", damping=LAMBDA, ema=0.7)
+        made.load_state_dict(state)
+        ends.append(after_both(made, *halves(of)))
+        made.close()
+    assert torch.equal(*ends)
+
+
 def test_refresh_every__keeps_the_eigenbasis_and_renews_the_moments() -> None:
     # Enough examples for a basis that no null space leaves open.
     first, other = problem("mlp"), problem("mlp", seed=1)

@@ -24,6 +24,7 @@ from examples.benchmarks.workloads import Decoder
 from fisherkit import build as builds
 from fisherkit.cli import app
 from fisherkit.memory import give_back
+from fisherkit.structures import kronecker
 from tests import ranks
 from tests.commands import Running
 from tests.conformance_cases import KINDS, build, problem
@@ -238,8 +239,14 @@ def in_processes(rank: int, size: int, folder: str) -> str:
     if rank:
         fk.build_file(f"{folder}/other/old", network(), DATA[:2], "ef", **options, group=False)
     path = f"{folder}/other/{'old' if rank else 'new'}"
-    with pytest.raises(fk.ProcessError, match=r"build_file: got another file|build_file: got an error in rank 1"):
+    with pytest.raises(fk.ProcessError, match=r"^build_file: got another file"):
         fk.build_file(path, network(), own, "ef", **options)
+    # And where it finds none.
+    with pytest.raises(fk.FisherkitError) as caught:
+        fk.build_file(f"{folder}/other/{'none' if rank else 'new'}", network(), own, "ef", **options, overwrite=True)
+    words = "no such file" if rank else "an error in rank 1 of 2"
+    assert isinstance(caught.value, fk.ProcessError) is (rank == 0)
+    assert f": got {words}" in str(caught.value)
     for file in Path(folder, "other").glob("old*" if rank else "new*"):
         file.unlink()
     return "done"
@@ -452,6 +459,17 @@ def test_give_back__returns_freed_blocks_between_others_to_the_system() -> None:
     before = resident()
     give_back(torch.device("cpu"))
     assert resident() < before - 30e6
+
+
+@pytest.mark.parametrize(("width", "expected"), [(511, 1), (127, 0)])
+def test_ekfac__gives_memory_back_before_it_decomposes_a_wide_factor(
+    width: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[torch.device]()
+    monkeypatch.setattr(kronecker, "give_back", calls.append)
+    data = torch.randn(600, width), torch.randint(2, (600,))
+    fk.EmpiricalFisher(nn.Linear(width, 2), data, structure="ekfac")
+    assert calls == expected * [torch.device("cpu")]
 
 
 def counted(build: Callable[[], Any]) -> int:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fisherkit as fk
 from fisherkit.rows import collection
+from fisherkit.rows import problem as problem_module
 from fisherkit.rows.base import StoredRows
 from fisherkit.rows.collection import Rows, UnitSlot
+from tests import by_hand
 from tests.conformance_cases import problem
 from tests.influence_cases import data
 from tests.small_data import mlp
@@ -29,6 +32,32 @@ def test_rows__gathered_by_groups_are_those_of_the_batches(
     monkeypatch.setattr(collection, "GROUP", size)
     fisher = fk.EmpiricalFisher(model, batches)
     torch.testing.assert_close(fisher.held.row_source.dense(), torch.cat(alone))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["large", "small"])
+def test_rows__smaller_than_the_layers_outputs_are_made_in_pieces_that_a_cache_holds(
+    small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    pooled = nn.Conv2d(1, 3, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)
+    model = nn.Sequential(*(pooled if small else (nn.Flatten(), nn.Linear(100, 2)))).double()
+    data, sizes = (torch.randn(50, 1, 10, 10).double(), torch.randint(2, (50,))), list[int]()
+    forward = problem_module.forward
+
+    def counted(plan: Any, batch: Any, **options: Any) -> Any:
+        sizes.append(batch.size)
+        return forward(plan, batch, **options)
+
+    monkeypatch.setattr(problem_module, "forward", counted)
+    rows = []
+    for entries in (problem_module.GRAPH, 500):
+        monkeypatch.setattr(problem_module, "GRAPH", entries)
+        sizes.clear()
+        fisher = fk.EmpiricalFisher(model, data, storage="rows")
+        rows.append(fisher.held.row_source.dense())  # type: ignore[attr-defined]
+        assert (max(sizes) < 50) is (small and entries == 500)
+    torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(rows[1], by_hand.rows(model, data))
 
 
 @pytest.mark.parametrize("size", [1, 100, 1 << 30])

@@ -284,7 +284,7 @@ def report(found: Figures) -> str:
 
 
 def _range(pair: tuple[float, float]) -> str:
-    return f"{pair[0]:.4g} to {pair[1]:.4g}"
+    return f"{pair[0]:#.4g} to {pair[1]:#.4g}"
 
 
 def _ending(method: str, found: Figures, examples: int) -> list[str]:

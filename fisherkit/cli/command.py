@@ -123,7 +123,7 @@ REPLACED = "replaced"
 """The name that a folder has while another takes its place."""
 
 TYPER = "typer"
-"""Under which a field's metadata have what typer is told of it."""
+"""The key in the metadata of a record's field under which typer's ``Option`` or ``Argument`` for it is kept."""
 
 KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self", "keep_dtype": "dtype"}
 """Of the package, where an option has another name; a command's own options come before those that it shares."""

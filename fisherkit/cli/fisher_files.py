@@ -31,9 +31,9 @@ from fisherkit.merging.policy import WORDS
 from fisherkit.operators import FisherOperator, load, open_file
 
 SHOWN = 10
-"""Eigenvalues in the text; the JSON has more."""
+"""How many of the largest eigenvalues ``fisherkit show`` prints as text; the JSON has `KEPT` of them."""
 KEPT = 200
-"""Eigenvalues that are kept."""
+"""How many of the largest eigenvalues are computed for the JSON and the picture."""
 LARGEST_SIDE = 4096
 """Of a matrix that is decomposed: seconds, not hours."""
 MOST_BARS = 40

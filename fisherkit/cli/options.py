@@ -25,7 +25,7 @@ T = TypeVar("T")
 Check: TypeAlias = Callable[[str], str]
 
 REQUIRED: Any = MISSING
-"""As the default of an option that must be given."""
+"""`option(REQUIRED, ...)` makes an option without a default, so that a command refuses to start without it."""
 
 
 def option(default: T, metavar: str, text: str, shown: str = "none", *, name: str = "", **others: Any) -> T:
@@ -38,7 +38,7 @@ def option(default: T, metavar: str, text: str, shown: str = "none", *, name: st
 
 
 def argument(metavar: str, text: str) -> Any:
-    """What stands in a place and has no name."""
+    """A positional argument of a command, such as MODEL in ``fisherkit estimate MODEL``, as a field of its record."""
     return field(metadata={TYPER: typer.Argument(metavar=metavar, help=text)})
 
 

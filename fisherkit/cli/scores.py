@@ -287,9 +287,10 @@ def _pairs(values: Tensor, places: Tensor) -> list[tuple[float, int]]:
 
 
 class Share(NamedTuple):
-    """The training batches of one process, the places of their examples among so many, and whom it shares with.
+    """The part of the training data that one process works on.
 
-    ``group`` has the processes that have examples.
+    ``data`` are its batches and ``places`` the numbers of their examples among all ``examples``. ``processes`` are all
+    that work together, None for one alone; ``group`` is the torch group of those that have any examples.
     """
 
     data: Data

@@ -133,7 +133,7 @@ class CompressedQueries:
         return [part for unit in self.units for part in unit.parts]
 
     def of(self, tensors: Iterable[Float[Tensor, "Q ..."]]) -> CompressedQueries:
-        """Others of this form."""
+        """Queries made of other tensors, which are in the order and of the kinds of this object's `tensors`."""
         own = iter(tensors)
         return CompressedQueries([UnitQueries(tuple(next(own) for _ in u.parts), u.layout) for u in self.units])
 

@@ -11,6 +11,7 @@ and no score.
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -217,6 +218,8 @@ CALL = "prepare(folder)"
 FORMAT = "fisherkit-rows"
 VERSION = 3
 MANIFEST = "manifest.json"
+PATIENCE = 1.0
+"""Seconds until what another process has written is taken to be elsewhere."""
 
 
 class FolderBlocks(RowBlocks):
@@ -409,30 +412,40 @@ def _make_folder(path: Path) -> None:
 def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
     """The manifest that is there, or a new one."""
     _make_folder(path)
-    if not (path / MANIFEST).exists():
-        begun = {"format": FORMAT, "version": VERSION, "limit": largest, "settings": live.settings, "blocks": []}
-        if live.basis is not None:
-            begun["made"] = live.limit
-            live.basis.write(path / FILE)
-        _write_manifest(path, begun)
-    manifest, settings = _manifest(path), live.settings
-    known = manifest["settings"]
+    fresh, settings = not (path / MANIFEST).exists(), live.settings
+    known = settings if fresh else _manifest(path)["settings"]
     changed = sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key))
     if changed:
         raise _other(path, f"rows with another {', '.join(changed)}")
-    if live.basis is not None and not Basis.is_whole(path / FILE):
-        live.basis.write(path / FILE)  # as it was, by its hash in the settings
-    return manifest
+    if live.basis is not None and not live.basis.kept:
+        live.basis.write(path / FILE)  # of a manifest that is there, as it was, by its hash in the settings
+    if fresh:
+        made = {} if live.basis is None else {"made": live.limit}
+        begun = {"format": FORMAT, "version": VERSION, "limit": largest, "settings": settings, "blocks": [], **made}
+        _write_manifest(path, begun)
+    return _manifest(path)
 
 
 def _refuse_elsewhere(path: Path, manifest: dict[str, Any]) -> None:
     """Refuse a folder that is not the one in which the first process has begun."""
-    if not (path / MANIFEST).exists() or _manifest(path) != manifest:
+    begun = time.monotonic()
+    while not _has(path, manifest):
+        if time.monotonic() - begun < PATIENCE:  # disks that several machines see may show a new file late
+            time.sleep(0.05)
+            continue
         raise InvalidArgumentError(
             call=CALL, got=f"{path}, which is not where the first process has begun",
             expected="one folder for all processes", why="each writes its part of the rows there",
             try_="the same folder in all of them, on a disk that all see; group=False for rows of this process alone",
         )  # fmt: skip
+
+
+def _has(path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether this is the manifest that is there."""
+    try:
+        return _manifest(path) == manifest
+    except FileFormatError:
+        return False
 
 
 def _manifest(path: Path) -> dict[str, Any]:

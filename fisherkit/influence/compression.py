@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,7 @@ class Basis:
         compress: as `InfluenceScores.prepare` was given it.
         layers: their eigenvectors.
         chosen_at: the λ that they were chosen at; None for ``damping``.
+        kept: whether a file has them.
 
     Attributes:
         space: a layer's numbers under its first name, then what is whole.
@@ -166,10 +167,10 @@ class Basis:
 
     def __init__(
         self, fisher: FisherOperator, damping: float, compress: int | float, layers: Sequence[LayerBasis],
-        chosen_at: float | None = None,
+        chosen_at: float | None = None, kept: bool = False,
     ) -> None:  # fmt: skip
         self.fisher, self.damping, self.compress, self.layers = fisher, damping, compress, tuple(layers)
-        self.chosen_at = damping if chosen_at is None else chosen_at
+        self.chosen_at, self.kept = damping if chosen_at is None else chosen_at, kept
         taken = {name for layer in layers for name in layer.names}
         self.whole = tuple(name for name in fisher.space.names if name not in taken)
         rest = fisher.space.restrict(self.whole) if self.whole else ParameterSpace((), ())
@@ -246,19 +247,25 @@ class Basis:
         }  # fmt: skip
         io.replace_checked_file(path, self.tensors, header)
 
-    @staticmethod
-    def is_whole(path: Path) -> bool:
-        """Whether a file is there, as it was written."""
+    @classmethod
+    def left(cls, path: Path, fisher: FisherOperator, damping: float) -> Basis | None:
+        """As `read`; None where no file is there as it was written."""
         try:
-            io.read_tensors(path, "cpu", CALL, "prepare")
+            found = io.read_tensors(path, fisher.device, CALL, "prepare")
         except FileFormatError:
-            return False
-        return True
+            return None
+        return cls._of_file(path, found, fisher, damping)
 
     @classmethod
     def read(cls, path: Path, fisher: FisherOperator, damping: float) -> Basis:
         """One that was written for this Fisher."""
-        header, tensors = io.read_tensors(path, fisher.device, CALL, "prepare")
+        return cls._of_file(path, io.read_tensors(path, fisher.device, CALL, "prepare"), fisher, damping)
+
+    @classmethod
+    def _of_file(
+        cls, path: Path, found: tuple[Mapping[str, str], Mapping[str, Tensor]], fisher: FisherOperator, damping: float
+    ) -> Basis:
+        header, tensors = found
         try:
             blocks = {block.space.names: block for block in fisher._blocks()}
             layers = []
@@ -268,9 +275,9 @@ class Basis:
                     key.partition(".")[2]: t.clone() for key, t in tensors.items() if key.partition(".")[0] == str(i)
                 }
                 layers.append(LayerBasis(names, _layout(blocks[names]), own))
-            found = cls(fisher, damping, io.parse(header["compress"]), layers, io.parse(header["damping"]))
-            found.check()
-            return found
+            basis = cls(fisher, damping, io.parse(header["compress"]), layers, io.parse(header["damping"]), True)
+            basis.check()
+            return basis
         except (LookupError, ValueError, TypeError, RuntimeError) as error:
             raise FileFormatError(
                 call=CALL, got=f"{path}, which does not fit this Fisher ({error})",

@@ -135,7 +135,7 @@ class InfluenceScores:
             checked: on how many training examples, at least about, scores by whole rows are computed for it.
             group: processes that compress alike and keep rows in one folder, each those of its own data, in the order
                 of their ranks. None for the default group, where there is one, False for this process alone. Whole
-                rows in memory are each process's own.
+                rows in memory are each process's own, made without the others.
 
         Returns:
             The rows, of several processes this one's own (`read` has all). Their ``compression`` says what became of
@@ -169,7 +169,8 @@ class InfluenceScores:
         processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")
         by_all(processes, self._model_rows.begin)
         if processes is not None:
-            asked = {"compress": compress, "most_error": most_error, "checked": checked, "queries": queries is not None}
+            asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
+            asked |= {"queries": queries is not None, "folder": "None" if folder is None else "a path"}
             processes.require_same("prepare", self._model_rows.settings(token=by == "token") | asked)
         live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
         largest = live.limit
@@ -187,12 +188,11 @@ class InfluenceScores:
         probe = rows.probe(live)
         known = None if folder is None else folder / FILE
 
-        def chosen() -> tuple[tuple[LayerBasis, ...], float]:
-            if known is not None and Basis.is_whole(known):
-                found = Basis.read(known, rows.fisher, damping)
-                if repr((found.compress, found.chosen_at)) == repr((compress, damping)):
-                    return found.layers, damping
-            return Basis.of(rows.fisher, damping, compress, probe).layers, damping
+        def chosen() -> tuple[tuple[LayerBasis, ...], float, bool]:
+            found = None if known is None else Basis.left(known, rows.fisher, damping)
+            if found is not None and repr((found.compress, found.chosen_at)) == repr((compress, damping)):
+                return found.layers, damping, True
+            return Basis.of(rows.fisher, damping, compress, probe).layers, damping, False
 
         basis = Basis(rows.fisher, damping, compress, *by_first(processes, chosen))
         if processes is not None:

@@ -133,7 +133,10 @@ class MergeInfo:
 
 @dataclass(frozen=True)
 class Job:
-    """What every way of merging is given, and in the last three fields those by Fishers."""
+    """The arguments of one call of a merging function, checked, and how its result is put together.
+
+    ``call`` is the function's name. ``damping``, ``normalize`` and ``output_damping`` are for merging by Fishers alone.
+    """
 
     call: str
     models: Sequence[ModelSource]

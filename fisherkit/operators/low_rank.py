@@ -265,7 +265,8 @@ class LowRankOperator(FisherOperator):
 
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> LowRankOperator:
-        rows = restore_rows(space, state.children).finite("load")
+        rows = restore_rows(space, state.children)
+        rows.finite("load")
         values = state.children[0].tensors
         floating = next(tensor for tensor in values.values() if tensor.is_floating_point())
         return cls(rows, state.options["scale"], dtype=floating.dtype, device=floating.device)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkit.arithmetic import at_least_single
+from fisherkit.arithmetic import all_finite, at_least_single, overflow
+from fisherkit.errors import listed
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.linalg import checked_together
@@ -59,26 +60,34 @@ class LayerDamping:
 class Averages:
     """F in a structure of layers, averaged over updates: Σ_k emaᵏ F_k / Σ_k emaᵏ, F_k of the batch k updates ago.
 
-    The first batch has no more weight than its age gives it (bias correction, as in Adam). Kronecker factors are
-    averaged one by one, as is usual. An eigenbasis is renewed every ``refresh_every`` updates.
-    ``settings`` are the structure's; ``records`` are of the last update, by unit and label.
+    The sums begin, for each layer, with the first update that used it, whose batch has no more weight than its age
+    gives it (bias correction, as in Adam). In a later update that does not use the layer, its F_k is 0. Kronecker
+    factors are averaged one by one, as is usual; that of a layer's inputs, whose examples are counted, over the updates
+    that used it. An eigenbasis is renewed every ``refresh_every`` updates.
+    ``settings`` are the structure's; ``records`` are by unit and label, ``ages`` say how many updates each has been in,
+    and ``latest`` are those that the last update had rows for.
     """
 
     def __init__(self, structure: type[Structure], *, ema: float, refresh_every: int, **settings: Any) -> None:
         self.structure, self.ema, self.refresh_every = structure, ema, refresh_every
         self.settings = {**settings, "averaged": ema > 0}
         self.records: dict[tuple[Names, str], UnitSums] = {}
+        self.ages: dict[tuple[Names, str], int] = {}
+        self.latest: list[tuple[Names, str]] = []
         self.updates = 0
         self._space: tuple[ParameterSpace, ParameterSpace] | None = None
 
     def update(
         self, plan: Plan, space: ParameterSpace, chunks: Sequence[Chunk], examples: int,
-        processes: Processes | None = None,
+        processes: Processes | None = None, *, large: bool = False, call: str = "update",
     ) -> None:  # fmt: skip
-        """With the rows of a batch of N examples, of which each of some processes has a part, over all parameters."""
+        """With the rows of a batch of N examples, of which each of some processes has a part, over all parameters.
+
+        Where squares of ``large`` rows are too large for their dtype, it refuses and leaves the averages as they were.
+        """
         structure = replace(self.structure.of(plan, **self.settings, processes=processes), space=space)
         due = self.updates % self.refresh_every == 0
-        ema = self.ema * (1 - self.ema**self.updates) / (1 - self.ema ** (self.updates + 1))
+        ema = {key: self.ema * (1 - self.ema**n) / (1 - self.ema ** (n + 1)) for key, n in self.ages.items()}
         records: dict[tuple[Names, str], UnitSums] = {}
         sums: Any = structure.empty()
         with checked_together():  # all factors' decompositions with one wait for the device
@@ -88,29 +97,44 @@ class Averages:
                 found = added.averaged(self.records, ema, 1 / examples, due)
                 records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
                 sums = structure.next_pass(found)
+        if large:
+            _refuse_infinite(records, call, plan.dtype)
+        self.latest, named = list(records), {name for names, _ in records for name in names}
+        for key, known in self.records.items():  # of layers that this model's passes have not met yet
+            if self.ema > 0 and named.isdisjoint(key[0]):
+                records[key] = known.scaled(ema[key])
+        self.ages = {key: self.ages.get(key, 0) + 1 for key in records}
         self.records, self._space = records, None
         self.updates += 1
 
     def operator(self, space: ParameterSpace, like: Tensor) -> FisherOperator:
         """F over the parameters of the last update; ``like`` has the rows' dtype and device."""
         structure = self.structure(space, like.dtype, like.device, (), **self.settings)
-        last = {names: unit for (names, _), unit in self.records.items()}
+        last = {key[0]: self.records[key] for key in self.latest}
         return structure.operator(LayerSums(structure, last), 1.0)  # type: ignore[arg-type]  # a structure of layers
 
     def space(self, whole: ParameterSpace) -> ParameterSpace:
         """The parameters of the last update."""
         if self._space is None or self._space[0] is not whole:
-            self._space = whole, whole.restrict(name for names, _ in self.records for name in names)
+            self._space = whole, whole.restrict(name for names, _ in self.latest for name in names)
         return self._space[1]
 
     def state(self) -> list[dict[str, Any]]:
-        """Of each record, its unit's names, its label and its tensors."""
-        records = self.records.items()
-        return [{"names": list(names), "record": label, "tensors": unit.tensors()} for (names, label), unit in records]
+        """Of each record, its unit's names, its label, in how many updates it has been, and its tensors."""
+        return [
+            {"names": list(key[0]), "record": key[1], "updates": self.ages[key], "tensors": unit.tensors()}
+            for key, unit in self.records.items()
+        ]
 
-    def read(self, state: Sequence[Mapping[str, Any]], own: Mapping[str, Tensor]) -> dict[tuple[Names, str], UnitSums]:
-        """The records of a `state`, on the devices of the model's own parameters; none is put in place."""
+    def read(
+        self, state: Sequence[Mapping[str, Any]], own: Mapping[str, Tensor], updates: int
+    ) -> dict[tuple[Names, str], tuple[UnitSums, int]]:
+        """The records of a `state` and their ages, on the devices of the model's own parameters; none is put in place.
+
+        Those of a state that says no ages have been in all ``updates``.
+        """
         records: dict[tuple[Names, str], UnitSums] = {}
+        ages: dict[tuple[Names, str], int] = {}
         for entry in state:
             names, device = tuple(entry["names"]), own[entry["names"][0]].device
             tensors = {
@@ -123,19 +147,29 @@ class Averages:
                 before = records[names, one] = record_class(one).from_tensors(
                     tensors, before or records.get((names, "kfac"))
                 )
+                ages[names, one] = int(entry.get("updates", updates))
         for (names, _), record in records.items():
             _check(record, ParameterSpace(names, tuple(tuple(own[name].shape) for name in names)), own[names[0]])
-        return records
+        return {key: (record, ages[key]) for key, record in records.items()}
 
-    def put(self, records: dict[tuple[Names, str], UnitSums], updates: int) -> None:
-        """Go on from records after so many updates."""
-        self.records, self.updates, self._space = records, updates, None
+    def put(self, known: Mapping[tuple[Names, str], tuple[UnitSums, int]], updates: int) -> None:
+        """Go on from what was read, after so many updates."""
+        self.records = {key: record for key, (record, _) in known.items()}
+        self.ages = {key: age for key, (_, age) in known.items()}
+        self.latest, self.updates, self._space = list(known), updates, None
 
     def _old_label(self, tensors: Mapping[str, Tensor]) -> str:
         """The record of a state that names none."""
         if self.structure.name == "diagonal":
             return "diagonal"
         return next(label for key, label in _OLD.items() if key in tensors)
+
+
+def _refuse_infinite(records: Mapping[tuple[Names, str], UnitSums], call: str, dtype: torch.dtype) -> None:
+    """Refuse sums of squares that are too large for the dtype."""
+    for (names, _), unit in records.items():
+        if not all_finite(*unit.tensors().values()):
+            raise overflow(call, listed(map(repr, names)), dtype)
 
 
 def _check(record: UnitSums, space: ParameterSpace, like: Tensor) -> None:

@@ -112,6 +112,7 @@ class Curvature:
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping | LayerDamping, list[Factorization]] | None = None
         self._momentum: dict[str, Tensor] = {}
+        self._large = False
 
     @property
     def due(self) -> bool:
@@ -181,10 +182,16 @@ class Curvature:
         tensors = [*gradients.values(), *numbers]
         found = norms(tensors)
         if finite_by(found, tensors):
-            squares = square_bound(found[len(gradients) :], numbers)
-            for rows in (chunk.rows for _, chunk in chunks if may_overflow(squares, chunk.rows.dtype)):
-                if not all_finite(total := rows.squared_sum()):
-                    raise overflow(f"{self.call}.step", infinite(rows.space, total), rows.dtype)
+            largest = max(map(self._scale, self.capture.finished), default=1.0)
+            squares = largest**2 * square_bound(found[len(gradients) :], numbers)
+            totals: dict[ParameterSpace, Tensor] = {}
+            for number, rows in ((i, chunk.rows) for i, chunk in chunks if may_overflow(squares, chunk.rows.dtype)):
+                own = self._scale(self.capture.finished[number]) ** 2 * rows.squared_sum()
+                totals[rows.space] = totals.get(rows.space, 0.0) + own
+                if not all_finite(totals[rows.space].sum()):
+                    where = infinite(rows.space, totals[rows.space]) or "all parameters together"
+                    raise overflow(f"{self.call}.step", where, rows.dtype)
+            self._large = bool(totals)
             return True
         if all_finite(*gradients.values()):
             for number, chunk in chunks:
@@ -248,7 +255,10 @@ class Curvature:
         else:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
-                self.averages.update(captured[0].plan, space, chunks, examples, self.processes)
+                self.averages.update(
+                    captured[0].plan, space, chunks, examples, self.processes, call=f"{self.call}.step",
+                    large=self._large or self.processes is not None,  # in one process, in all
+                )  # fmt: skip
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
         self._expect()
@@ -278,9 +288,14 @@ class Curvature:
         """Say whether the next step is to be watched."""
         self.capture.wanted = self.due or self.reduction == "sum"
 
+    def _scale(self, one: Captured, passes: int = 0) -> float:
+        """What rows of one of so many passes, or of all, lack to the scale of the likelihood's own gradient."""
+        missing, power = one.seen.correction(passes or len(self.capture.finished)), self.capture.rule.gradient_power
+        return 1.0 if power is None else missing ** (1 - power)
+
     def _chunks(self, one: Captured, passes: int) -> list[Chunk]:
         """Rows of one of so many passes, on the scale of the likelihood's own gradient."""
-        missing, power = one.seen.correction(passes), self.capture.rule.gradient_power
+        missing = one.seen.correction(passes)
         if missing != 1 and not self.capture.rule.scale_free:
             raise ModelError(
                 call=f"{self.call}.step",
@@ -288,9 +303,8 @@ class Curvature:
                 why="the loss gradients' scale is known afterwards, and this kind's vectors depend on it",
                 try_="one forward pass a step, or another kind",
             )  # fmt: skip
-        if missing == 1 or power in (None, 1):
-            return one.chunks
-        return [replace(chunk, rows=chunk.rows.scaled(missing ** (1 - power))) for chunk in one.chunks]
+        scale = self._scale(one, passes)
+        return one.chunks if scale == 1 else [replace(chunk, rows=chunk.rows.scaled(scale)) for chunk in one.chunks]
 
     def _warn_of_ignored(
         self, captured: list[Captured], gradients: Mapping[str, Tensor], space: ParameterSpace
@@ -436,7 +450,7 @@ class Curvature:
             # States of before do not say of which parameters they are, nor have they momentum.
             known = dict(json.loads(state["parameters"])) if "parameters" in state else own
             fits = known == own
-            records = self.averages.read(state["averages"] if fits else [], parameters)
+            records = self.averages.read(state["averages"] if fits else [], parameters, state["updates"])
             momentum = state.get("momentum", {}) if fits and self.gradient_momentum else {}
             of = {name: parameters[name] for name in momentum}
             kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}

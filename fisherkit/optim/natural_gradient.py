@@ -71,7 +71,8 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
             "nkp", "diagonal", or a structure of layers of your own.
         params: None for all parameters, names, a predicate ``(name, parameter) -> bool``, or parameter groups in
             torch's form. Parameters that do not require a gradient are left alone until they do.
-        ema: for structures of layers, the weight of a batch in running averages beside that of the next.
+        ema: for structures of layers, the decay of running averages of F: the batch of k updates ago has emaᵏ times the
+            weight of the newest. 0 for the newest batch alone.
         update_every: for these, steps between updates.
         refresh_every: updates between eigen-decompositions.
         kfac_positions: "expand" or "reduce".

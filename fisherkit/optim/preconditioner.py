@@ -57,8 +57,8 @@ class Preconditioner(Watching):
         damping: λ beside F, or `fisherkit.RelativeDamping`, or for structures of layers `LayerDamping`.
         gram_damping: λ beside the sum over examples instead of the mean; for EF and iEF in the full and block
             structures, the paper's update, which ``.grad`` is then replaced by.
-        ema: weight of a batch in running averages beside that of the next; None for 0.95, and for 0 with full and
-            block, whose rows are those of a batch.
+        ema: decay of running averages of F: the batch of k updates ago has emaᵏ times the weight of the newest. None
+            for 0.95, and for 0 with full and block, whose rows are those of one batch.
         update_every: steps between updates, more than 1 for structures of layers; 1 beside a damping of yours.
         refresh_every: updates between eigen-decompositions; 1 beside a damping of yours.
         trust_region: δ: gradients are shortened by one factor so that (lr · Δ)ᵀ F (lr · Δ) <= δ (KL clipping).
@@ -165,12 +165,15 @@ class Preconditioner(Watching):
             return
         with curvature.explaining():
             settings = {"damping": self.damping, "trust_region": self.trust_region, "layer_rms": self.layer_rms}
+            rate = self._lr() if callable(self._lr) else self._lr
+            if self.trust_region is not None:
+                settings["lr"] = rate
             if not curvature.finite(gradients, settings):
                 curvature.say_if_diverged(own)
                 curvature.capture.forget()
                 return
             space, direction = curvature.direction(own, gradients, self.damping)
-        update = direction.within(self.trust_region, self._lr() if callable(self._lr) else self._lr)
+        update = direction.within(self.trust_region, rate)
         deltas, strided = space.unflatten(update), []
         if self.layer_rms is not None:
             deltas = with_layer_rms(deltas, gradients, self.layer_rms)

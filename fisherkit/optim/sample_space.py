@@ -93,7 +93,8 @@ def with_layer_rms(
     for own in layers.values():
         parts = [updates[name].double() for name in own]
         norm = torch.stack(torch._foreach_norm(parts)).norm()
-        still = (norm == 0) | ~torch.stack([gradients[name].any() for name in own]).any()
+        moved = [gradients[name].any() for name in own if name in gradients]  # those that are missing are zero
+        still = (norm == 0) | ~torch.stack(moved).any() if moved else torch.ones_like(norm, dtype=torch.bool)
         scale = (rms * sum(part.numel() for part in parts) ** 0.5 / norm).masked_fill(still, 0.0)
         found |= {name: (part * scale).to(updates[name].dtype) for name, part in zip(own, parts, strict=True)}
     return found

@@ -6,6 +6,7 @@ Knows neither the data's loop nor what becomes of the rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,8 @@ class Chunk:
     ``regular`` if rows are ordered by example and every example has equally many. The ``first`` chunk adds all examples
     that count to N (``counted``), and the trace that the kind left out of each one's output Fisher (``dropped``).
     ``counted_positions`` are those ``[B, P]`` of the outputs that count, all if ``whole``; then those of the inputs
-    that are data, if the batch says so in an attention mask.
+    that are data, if the batch says so in an attention mask. ``squares`` is about the most that Σ_r ‖row_r‖² can be, of
+    rows that were looked at (`Rows.finite`); infinite where the outputs' Hessian stands for vectors.
     """
 
     rows: Rows
@@ -37,13 +39,14 @@ class Chunk:
     whole: bool
     counted_positions: tuple[Bool[Tensor, "..."], ...]
     dropped: Float[Tensor, "n"] | None
+    squares: float = 0.0
 
     @classmethod
     def whole_batch(cls, rows: Rows, outputs: Outputs, batch: Batch, counts: tuple[int, int]) -> Chunk:
         """All rows of a micro-batch at once, for sums that do not ask whose each is; ``counts`` as in `Slots.of`."""
         counting = _counting(outputs.mask, batch)
         nobody = torch.empty(0, dtype=torch.long, device=outputs.mask.device)
-        return cls(rows, nobody, False, True, counts[0], outputs.whole and len(counting) == 1, counting, None)
+        return cls(rows, nobody, False, True, counts[0], outputs.whole and len(counting) == 1, counting, None, math.inf)
 
 
 def _counting(mask: Bool[Tensor, "B P"], batch: Batch) -> tuple[Bool[Tensor, "..."], ...]:
@@ -126,19 +129,25 @@ class Slots:
         return None if bool(keep.all()) else keep
 
     def chunks(
-        self, batch: Batch, step: int, make_rows: Callable[[Float[Tensor, "k B P C"], RowSelection], Rows]
-    ) -> Iterator[Chunk]:
-        """Rows of all slots, of so many vectors an example at a time (``step``)."""
+        self, batch: Batch, step: int, make_rows: Callable[[Float[Tensor, "k B P C"], RowSelection], Rows],
+        call: str | None = None,
+    ) -> Iterator[Chunk]:  # fmt: skip
+        """Rows of all slots, of so many vectors an example at a time (``step``).
+
+        They are looked at, and an error names the ``call``; those for None are not.
+        """
         positions = _counting(self.mask, batch)
         for first in range(0, self.number, step):
             some = slice(first, min(first + step, self.number))
             v, keep = self.vectors(some), self.keep(some)
             selection = RowSelection(v.shape[0], batch.size, v.device, keep)
+            rows = make_rows(v, selection)
             yield Chunk(
-                make_rows(v, selection), selection.owner, keep is None, first == 0,
+                rows, selection.owner, keep is None, first == 0,
                 self.counted if first == 0 else 0, self.whole and len(positions) == 1, positions,
-                self.dropped if first == 0 else None,
+                self.dropped if first == 0 else None, 0.0 if call is None else rows.finite(call),
             )  # fmt: skip
+            del rows  # not to be held while the next are made
 
 
 def joined(chunks: list[Chunk]) -> Chunk:
@@ -148,5 +157,4 @@ def joined(chunks: list[Chunk]) -> Chunk:
     owner = torch.cat([chunk.owner for chunk in chunks])
     order = torch.argsort(owner, stable=True)
     rows = Rows.cat([chunk.rows for chunk in chunks]).reordered(order, all(chunk.regular for chunk in chunks))
-    rows.squares = sum(chunk.rows.squares for chunk in chunks)
-    return replace(chunks[0], rows=rows, owner=owner[order])
+    return replace(chunks[0], rows=rows, owner=owner[order], squares=sum(chunk.squares for chunk in chunks))

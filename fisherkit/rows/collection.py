@@ -86,8 +86,6 @@ class Rows(RowSource):
     """Rows that lie in memory, of units that partition the space's names."""
 
     in_memory = True
-    squares = 0.0
-    """About the most that Σ_r ‖row_r‖² can be (`square_bound`), of rows of a batch that were looked at."""
 
     def __init__(self, space: ParameterSpace, slots: Sequence[UnitSlot]) -> None:
         super().__init__(space)
@@ -256,8 +254,8 @@ class Rows(RowSource):
         pending.clear()
         return Rows.taken_from(groups)
 
-    def finite(self, call: str) -> Rows:
-        """The rows themselves, if all of their numbers are finite.
+    def finite(self, call: str) -> float:
+        """About the most that Σ_r ‖row_r‖² can be (`square_bound`), if all of the rows' numbers are finite.
 
         Outputs may be finite where rows are not: a saturated unit hides an infinite activation. One NaN would make
         every sum, product and score NaN that it enters.
@@ -269,9 +267,9 @@ class Rows(RowSource):
         """
         numbers = self.numbers
         found = norms(numbers)
-        self.squares = square_bound(found, numbers)
+        bound = square_bound(found, numbers)
         if finite_by(found, numbers):
-            return self
+            return bound
         # Of a convolution's input, what no window sees does not count.
         bad = [slot.names for slot in self.slots if not all_finite(*slot.rows.tensors().values())]
         if bad:
@@ -284,7 +282,7 @@ class Rows(RowSource):
                 why="rows are made of them, and outputs that are finite may hide them: a tanh of infinity is 1",
                 try_="torch.isfinite of this batch's inputs, and a look for √, log or division at 0 in the model",
             )
-        return self
+        return bound
 
     @property
     def numbers(self) -> list[Tensor]:

@@ -16,6 +16,7 @@ its Hessian's products and sums, and no structure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -151,8 +152,7 @@ class Head:
             slots[self.slot.names] = self.slot
         own = [slots[unit.names] for unit in plan.units if unit.names in slots]
         rows = WithoutHead(plan.space, own, self.slot.rows.count if chunk.first else 0)
-        rows.squares = chunk.rows.squares
-        return replace(chunk, rows=rows)
+        return replace(chunk, rows=rows, squares=math.inf)
 
 
 def last_layer_rows(linearized: Linearized, outputs: Outputs) -> Rows | None:

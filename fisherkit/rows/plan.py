@@ -490,7 +490,8 @@ def nonlinear(plan: Plan, watched: Watched, *, sums: bool = True) -> frozenset[s
     usual, large, small = (16.0, 64.0, 256.0) if half else (1.0, 2.0**30, 2.0**-30)
 
     def back(vector: Tensor, scale: float = usual) -> list[Tensor]:
-        grads = pulled_back(z, list(own.values()), vector * scale)
+        with plan.quiet():  # functions may draw
+            grads = pulled_back(z, list(own.values()), vector * scale)
         found = [dense_gradient(p, g) / scale for p, g in zip(own.values(), grads, strict=True)]
         overflows = abs(scale) > 1 and not all_finite(*found)  # in half precision that no forward pass shows
         return back(vector, scale / 16) if overflows else found

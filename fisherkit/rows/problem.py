@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -393,17 +393,15 @@ class Problem:
             unit.fold = self.fold
             unit.choose(self.vectors_per_example, lean)
 
-    def row_bytes(self, names: Collection[str], *, vectors: int | None = None) -> int:
-        """Bytes of one example's rows over some parameters; of M vectors by default, or 1 where sums need none."""
+    def row_numbers(self, names: Collection[str], *, vectors: int | None = None) -> int:
+        """Numbers of one example's rows over some parameters; of M vectors by default, or 1 where sums need none."""
         vectors = vectors or (1 if self.rowless else self.vectors_per_example)
-        item = torch.finfo(self.plan.dtype).bits // 8
         units = [unit for unit in self.plan.units if unit.names[0] in names]
-        return item * sum(unit.numbers_per_example(vectors) for unit in units)
+        return sum(unit.numbers_per_example(vectors) for unit in units)
 
-    @property
-    def _kept_numbers(self) -> int:
-        """Of one example's rows, which are copied where a batch is taken in pieces."""
-        return sum(unit.numbers_per_example(self.vectors_per_example) for unit in self.plan.units)
+    def row_bytes(self, names: Collection[str], *, vectors: int | None = None) -> int:
+        """The same in bytes."""
+        return torch.finfo(self.plan.dtype).bits // 8 * self.row_numbers(names, vectors=vectors)
 
     @property
     def _flat(self) -> bool:
@@ -494,7 +492,8 @@ class Problem:
         if self.plan.example_parameter.device.type != "cpu":
             most = 4 * TILE  # others want large products
         else:
-            most = GRAPH if self.summed or self._kept_numbers < self.plan.numbers_per_example else TILE
+            small = self.summed or self.row_numbers(self.plan.space.slices) < self.plan.numbers_per_example
+            most = GRAPH if small else TILE  # rows of a batch that is taken in pieces are copied
         room = self._room(most)
         step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
         step = step if self.most_examples is None else min(step, self.most_examples)
@@ -526,7 +525,7 @@ class Problem:
         self._refuse_nonlinear([seen], call)
         return not gradients or self.company.has_own_gradients(self.plan, batch, start, seen)
 
-    def _refuse_nonlinear(self, passes: Sequence[Watched], call: str) -> None:
+    def _refuse_nonlinear(self, passes: Iterable[Watched], call: str) -> None:
         for seen in passes if not self.kind.along_gradient else ():
             self.plan.refuse_nonlinear_here(seen, call)
 
@@ -552,7 +551,8 @@ class Problem:
             linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
         last = self._without_rows(linearized, outputs)
         if last is not None:
-            yield Chunk.whole_batch(last.finite(call), outputs, batch, counts)
+            last.finite(call)
+            yield Chunk.whole_batch(last, outputs, batch, counts)
             return
         linearized, batch, slots, head = self._prepared(linearized, batch, outputs, counts)
         step = max(1, self._room(TILE) // linearized.numbers_per_vector)
@@ -578,9 +578,9 @@ class Problem:
                     raise
             if self.revisable and linearized.unruled:
                 raise BetterPlanError(linearized.replanned(), self.by_owner, batch)
-            return found.finite(call)
+            return found
 
-        chunks = slots.chunks(batch, step, rows)
+        chunks = slots.chunks(batch, step, rows, call)
         yield from chunks if head is None else (head.joined(chunk, self.plan) for chunk in chunks)
 
     def _prepared(

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from fisherkit.arguments import check_choice
 from fisherkit.errors import InvalidArgumentError, ProcessError, listed
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator
 from fisherkit.operators.forwarding import packed
@@ -207,6 +208,9 @@ class Structure(ABC):
     instead: ClassVar[str] = "params= to choose fewer parameters"
     """What to try where memory is too small for it; {0} is the structure itself."""
 
+    own: ClassVar[bool] = True
+    """Whether it is the package's, which takes what its `bytes` says."""
+
     space: ParameterSpace
     dtype: torch.dtype
     device: torch.device
@@ -232,6 +236,7 @@ class Structure(ABC):
                     why="strings, files and commands would mean another matrix by it",
                 )  # fmt: skip
             _BY_NAME[cls.name] = cls
+        cls.own = is_own(cls)
 
     @classmethod
     def of(cls: type[T], plan: Plan, **settings: Any) -> T:
@@ -390,7 +395,10 @@ class LayerSums(Sums):
         place = self.structure.space.names.index
         return dict(sorted({**(self.done or {}), **self.units}.items(), key=lambda unit: place(unit[0][0])))
 
-    def averaged(self, known: Mapping[tuple[Names, str], UnitSums], ema: float, weight: float, due: bool) -> LayerSums:
+    def averaged(
+        self, known: Mapping[tuple[Names, str], UnitSums], ema: Mapping[tuple[Names, str], float], weight: float,
+        due: bool,
+    ) -> LayerSums:  # fmt: skip
         """Each record averaged with the one before, by unit and label, and decomposed; not those labelled "".
 
         Of several processes, each decomposes some and sends the eigenpairs, which are then the same in all.
@@ -398,7 +406,8 @@ class LayerSums(Sums):
         old = {names: known.get((names, unit.label)) for names, unit in self.units.items() if unit.label}
         units = dict(self.units)
         for names, before in old.items():
-            units[names] = units[names].averaged(before if ema > 0 else None, ema, weight)
+            own = ema.get((names, units[names].label), 0.0)
+            units[names] = units[names].averaged(before if own > 0 else None, own, weight)
 
         def pairs(names: Names) -> Any:
             return units[names].eigenpairs(old[names], due, self.structure.max_rank)
@@ -459,9 +468,8 @@ def structures() -> dict[str, type[Structure]]:
 def structure_named(name: object, call: str) -> type[Structure]:
     """The structure of a name."""
     known = structures()
-    if not isinstance(name, str) or name not in known:
-        raise InvalidArgumentError(call, f"structure={name!r}", f"one of {list(known)}")
-    return known[name]
+    check_choice(call, "structure", name, list(known))
+    return known[cast(str, name)]
 
 
 def record_class(label: str) -> type[UnitSums]:

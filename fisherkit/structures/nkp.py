@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arithmetic import all_finite, overflow
 from fisherkit.errors import NotConvergedWarning, warn
 from fisherkit.operators import FisherOperator
 from fisherkit.operators.layer_layout import LayerLayout
@@ -46,6 +47,8 @@ class NearestProduct(KroneckerFactors):
         pairs = [(one.activation.dense() / (one.count or 1), one.gradient.dense()) for one in (self, other)]
         a, g = (torch.stack([pair[i].flatten() for pair in pairs]) for i in (0, 1))
         left, right = (x.double() @ x.double().mT for x in (g, a))
+        if not all_finite(left, right):
+            raise overflow('structure="nkp"', "the sum of two products", a.dtype)
         values, vectors = torch.linalg.eig(left @ right)
         mix = vectors[:, values.real.argmax()].real.abs().to(a.dtype)  # of numbers that are 0 or more
         on_inputs = mix @ a
@@ -172,7 +175,7 @@ class NKP(KFAC):
 def _unit(matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Of norm 1; zero stays zero. The norm is in float64: squares of sums of squares leave float32 early."""
     norm = torch.linalg.vector_norm(matrix, dtype=torch.float64)
-    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+    return (matrix.double() / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(matrix.dtype)
 
 
 def _moment(matrix: Float[Tensor, "w w"]) -> SecondMoment:

@@ -23,6 +23,7 @@ from examples.benchmarks.fixed import STEPS, measure_fixed
 from examples.benchmarks.influence import SMALL, Sizes, measure_influence, ours
 from examples.benchmarks.measure import Settings, agree, measure
 from examples.benchmarks.operations import OPERATIONS, PEERS, Cell, cells
+from examples.benchmarks.peer_bergson import Bergson
 from examples.benchmarks.steps import measure_steps
 from examples.benchmarks.timing import Clock, TookTooLongError, limit, race
 from examples.benchmarks.workloads import TINY, Workload
@@ -239,12 +240,31 @@ def test_language__all_fit_the_same(whose: str) -> None:
         language.disagreement(whose, found[0], {name: 1.01 * v for name, v in found[1].items()})
 
 
-@pytest.mark.parametrize("whose", ["", language.BERGSON])
-def test_language__rows_are_stored(whose: str) -> None:
-    if whose.strip() in influence.missing():
+def test_language__rows_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, prepare = [], fk.influence.InfluenceScores.prepare
+
+    def kept(self: Any, *args: Any, **options: Any) -> Any:
+        rows = prepare(self, *args, **options)
+        stored.append((len(list(options["folder"].glob("rows-*"))), rows.count(), rows.compression.bytes))
+        return rows
+
+    monkeypatch.setattr(fk.influence.InfluenceScores, "prepare", kept)
+    language.once(language.contestant(language.ROWS, observed=False), language.SIZES["tiny"], 6, "cpu")
+    ((files, sequences, size),) = stored
+    assert files > 0
+    assert sequences == 6
+    assert 0 < size <= 4 * 4 * language.WIDTH**2  # bytes of four layers' numbers in float32
+
+
+def test_language__the_peers_rows_are_stored() -> None:
+    if language.BERGSON.strip() in influence.missing():
         pytest.skip("bergson is not installed")
-    made = language.contestant(whose + language.ROWS, observed=False)
-    assert language.once(made, language.SIZES["tiny"], 6, "cpu")[0]["fit"] > 0
+    size = language.SIZES["tiny"]
+    workload = size.workload(6)
+    peer = Bergson(workload.model, workload.inputs, workload.targets, size.batch)
+    peer.project(language.WIDTH)
+    stored = sum(file.stat().st_size for file in Path(peer.folder.name).rglob("*") if file.is_file())
+    assert stored >= 6 * 4 * language.WIDTH**2  # of four layers' numbers, a byte or more each
 
 
 def test_language__is_judged_by_the_peer_and_a_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
