@@ -248,7 +248,7 @@ def test_merge_layers__refuses_what_it_cannot_use(tmp_path) -> None:
             ([nn.Linear(4, 1), nn.Linear(4, 1)], [(torch.randn(6, 4), torch.arange(6) % 2)] * 2),
             {},
             fk.DataError,
-            r'fisher=functools.partial\(fk.ExactFisher, structure="kfac", likelihood=...\), with likelihood="bernoulli"',
+            r'fisher=functools.partial\(fk.ExactFisher, structure="kfac", likelihood=...\), with likelihood="bern',
         ),
     ]
     for arguments, settings, error, text in cases:

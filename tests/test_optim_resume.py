@@ -241,9 +241,9 @@ def test_load__of_the_other_class_names_it() -> None:
     natural, preconditioner = (
         cls(mlp(), lr=0.1, damping=1e-2) for cls in (fk.optim.NaturalGradient, fk.optim.Preconditioner)
     )
-    with pytest.raises(InvalidArgumentError, match="Preconditioner.load_state_dict: got a state of NaturalGradient"):
+    with pytest.raises(InvalidArgumentError, match=r"Preconditioner.load_state_dict: got a state of NaturalGradient"):
         preconditioner.load_state_dict(natural.state_dict())
-    with pytest.raises(InvalidArgumentError, match="NaturalGradient.load_state_dict: got a state of Preconditioner"):
+    with pytest.raises(InvalidArgumentError, match=r"NaturalGradient.load_state_dict: got a state of Preconditioner"):
         natural.load_state_dict(preconditioner.state_dict())
 
 
