@@ -440,6 +440,14 @@ def _refuse_unfit(call: str, o: SimpleNamespace, structure: type[Structure]) -> 
     if o.shard and structure.keeps_rows and not structure.in_parts:
         why = "its rows are one block, and stay in the processes that made them anyway"
         refuse("shard", "a structure of blocks", why, "shard=False")
-    if o.dtype is not None and not structure.packs:
-        why = "rounded, a matrix of rows or of a whole block would not be a Fisher matrix of its own"
-        refuse("dtype", "dtype=None", why, 'structure="kfac", "ekfac", "nkp" or "diagonal"')
+    refuse_unpacked(call, structure, o.dtype)
+
+
+def refuse_unpacked(call: str, structure: type[Structure], dtype: torch.dtype | None) -> None:
+    """Refuse a dtype to keep numbers in, of a structure whose numbers cannot be rounded."""
+    if dtype is not None and not structure.packs:
+        raise InvalidArgumentError(
+            call=call, got=f'dtype={dtype} with structure="{structure.name}"', expected="dtype=None",
+            why="rounded, a matrix of rows or of a whole block would not be a Fisher matrix of its own",
+            try_='structure="kfac", "ekfac", "nkp" or "diagonal"',
+        )  # fmt: skip

@@ -293,6 +293,15 @@ def test_merge__of_adapters_says_that_products_are_not_averaged() -> None:
         fk.merging.average(parts)
 
 
+def test_merge_layers__of_adapters_says_once_what_merges_their_products() -> None:
+    make, inputs, targets = MODELS["embedding and linear"]
+    with pytest.warns(UserWarning, match="A and B are merged apart") as said:
+        fk.merging.merge_layers([make(), make()], [(inputs, targets)] * 2)
+    (text,) = [str(one.message) for one in said]
+    assert text.startswith("merge_layers: ")
+    assert "Try: fk.merging.merge" in text
+
+
 def test_merge__of_products_is_that_of_merged_models_and_fits_into_adapters() -> None:
     make, inputs, targets = MODELS["embedding and linear"]
     models = [make(), make()]

@@ -118,6 +118,7 @@ def test_merge__layer_after_layer_is_the_packages_own(check: bool, tasks: Path, 
     [(("--method", "layers", "--data", "a.jsonl"), "2 models and 1 --data"), (("--method", "layers"), "0 --data"),
      (("--method", "layers", "--data", "no.jsonl", "--data", "no.jsonl"), "no file at no.jsonl"),
      (("--data", "a.jsonl"), "--method auto with --data"), (("--kind", "ef"), "--method auto with --kind"),
+     (("--kind", "ef", "--structure", "kfac"), "--kind, --structure: of --method layers alone"),
      (("--method", "average", "--examples", "5"), "--method average with --examples")],
 )  # fmt: skip
 def test_merge__refuses_texts_that_do_not_belong_to_the_models(

@@ -243,6 +243,13 @@ def test_merge_layers__refuses_what_it_cannot_use(tmp_path) -> None:
         ((models, data), {"stages": []}, fk.InvalidArgumentError, "no trained parameter"),
         ((models, data), {"stages": [["0.weight"]]}, fk.InvalidArgumentError, r"not every Fisher covers.*'0.bias'"),
         ((models, data), {"weights": [1.0]}, fk.InvalidArgumentError, "1 weights"),
+        ((models, data), {"output_damping": -1}, fk.InvalidArgumentError, "merge_layers.*output_damping"),
+        (
+            ([nn.Linear(4, 1), nn.Linear(4, 1)], [(torch.randn(6, 4), torch.arange(6) % 2)] * 2),
+            {},
+            fk.DataError,
+            r'fisher=functools.partial\(fk.ExactFisher, structure="kfac", likelihood=...\), with likelihood="bern',
+        ),
     ]
     for arguments, settings, error, text in cases:
         with pytest.raises(error, match=text):

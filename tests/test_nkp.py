@@ -344,6 +344,17 @@ def test_estimate__keeps_factors_in_a_dtype(tmp_path: Path, monkeypatch: pytest.
     assert found.nbytes == 2 * (7 * 7 + 4 * 4 + 7 * 4)
 
 
+@pytest.mark.parametrize("beside", [["--out", "f"], ["--plan"]], ids=" ".join)
+@pytest.mark.parametrize("structure", ["full", "block"])
+def test_estimate__refuses_a_dtype_by_its_option_before_a_model_is_loaded(structure: str, beside: list[str]) -> None:
+    options = ["--structure", structure, "--keep-dtype", "bfloat16", *beside]
+    result = CliRunner().invoke(app, ["estimate", "no_such_module:make", *options])
+    assert result.exit_code == 1
+    said = f"got --keep-dtype bfloat16 with --structure {structure}; expected --keep-dtype none."
+    assert said in " ".join(result.output.split())
+    assert "--structure kfac" in result.output
+
+
 @pytest.mark.parametrize("size", [1e-13, 1e12])
 def test_nkp__of_gradients_of_any_size_in_float32(size: float) -> None:
     torch.manual_seed(0)

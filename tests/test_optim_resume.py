@@ -141,6 +141,26 @@ def test_load__of_another_kind_structure_or_damping_is_refused(own: str, loaded:
         getattr(target, part).load_state_dict(getattr(source, part).state_dict())
 
 
+LIKELIHOODS: dict[str, tuple[Any, Any]] = {
+    "smoothing": (nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss()),
+    "weights": (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0])), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 2.0]))),
+    "gaussian": ("gaussian", nn.MSELoss()),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("cls", [fk.optim.NaturalGradient, fk.optim.Preconditioner])
+def test_load__of_another_likelihood_is_refused_and_older_states_load(cls: type, name: str) -> None:
+    first, second = (cls(mlp(), lr=0.1, damping=1e-2, structure="kfac", likelihood=one) for one in LIKELIHOODS[name])
+    state = first.state_dict()
+    cls(mlp(), lr=0.1, damping=1e-2, structure="kfac", likelihood=LIKELIHOODS[name][0]).load_state_dict(state)
+    with pytest.raises(InvalidArgumentError, match="a state with likelihood = "):
+        second.load_state_dict(state)
+    old = state.get("curvature", state)
+    del old["likelihood"], old["checksum"]
+    second.load_state_dict(state)
+
+
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "width": (lambda: nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 3)).double(),
               r"'0.weight': float64 \[5, 4\] and not float64 \[7, 4\]"),
@@ -215,6 +235,50 @@ def test_load__of_another_optimizers_state_is_refused() -> None:
         natural.load_state_dict(adam)
     with pytest.raises(InvalidArgumentError, match=r"Preconditioner.load_state_dict.*without"):
         preconditioner.load_state_dict(adam)
+
+
+def test_load__of_the_other_class_names_it() -> None:
+    natural, preconditioner = (
+        cls(mlp(), lr=0.1, damping=1e-2) for cls in (fk.optim.NaturalGradient, fk.optim.Preconditioner)
+    )
+    with pytest.raises(InvalidArgumentError, match=r"Preconditioner.load_state_dict: got a state of NaturalGradient"):
+        preconditioner.load_state_dict(natural.state_dict())
+    with pytest.raises(InvalidArgumentError, match=r"NaturalGradient.load_state_dict: got a state of Preconditioner"):
+        natural.load_state_dict(preconditioner.state_dict())
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5], ids=["into none", "into some"])
+def test_load__between_gradient_momenta_leaves_it_out_or_begins_it(kept: float) -> None:
+    """As the page says: without one the next update is of g alone, and one that begins is of g + μg."""
+    settings: dict[str, Any] = {"damping": 1e-2, "structure": "kfac", "update_every": 5}
+    model, state = mlp(), None
+    for momentum in (0.5 - kept, kept):
+        preconditioner = fk.optim.Preconditioner(model, gradient_momentum=momentum, **settings)
+        if state is not None:
+            preconditioner.load_state_dict(state)
+        for _ in range(2 if state is None else 1):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(X), Y).backward()
+            preconditioner.step()
+        state = through_file(preconditioner.state_dict()) if state is None else state
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    plain = fk.optim.Preconditioner(model, **settings)
+    plain.load_state_dict({k: v for k, v in state.items() if k not in {"momentum", "checksum"}})
+    model.zero_grad()
+    nn.functional.cross_entropy(model(X), Y).backward()
+    plain.step()
+    torch.testing.assert_close(found, (1 + kept) * torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+
+@pytest.mark.parametrize("cls", [fk.optim.NaturalGradient, fk.optim.Preconditioner])
+def test_load__of_single_precision_into_half_keeps_the_averages(cls: type) -> None:
+    model = mlp().float()
+    own = cls(model, lr=0.1, damping=1e-2, structure="kfac")
+    nn.functional.cross_entropy(model(X.float()), Y).backward()
+    own.step()
+    other = cls(copy.deepcopy(model).bfloat16(), lr=0.1, damping=1e-2, structure="kfac")
+    other.load_state_dict(own.state_dict())
+    assert str(other.state_dict()) == str(own.state_dict())
 
 
 def test_load__with_other_groups_leaves_the_running_averages() -> None:

@@ -47,6 +47,7 @@ _PHRASES = (
     (r"pass params=lambda name, parameter: True\b", "--params '*'"),
     (r"fk\.merging\.average\(models\)", "--method average"),
     (r"fk\.load\(path, device=\"([^\"]*)\"\)", r"--device \1"),
+    (r"model\.to\(torch\.(\w+)\)", r"--dtype \1 of a folder's weights"),
     (r"written by fisher\.save\b", "that fisherkit estimate wrote"),
     (r",? or a larger memory_budget=?(?!, with)", ""),
     (r"(a cosine between 0 and 1), or None", r"\1"),
@@ -59,8 +60,8 @@ _PHRASES = (
 """What no rule turns into options; patterns and what stands in their place."""
 
 _CALLS = {
-    "audit", "compare", "merge", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy", "likelihood",
-    "params", "RelativeDamping", "FisherApproximation", "build_file", "plan", *_KINDS,
+    "audit", "compare", "merge", "merge_layers", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy",
+    "likelihood", "params", "RelativeDamping", "FisherApproximation", "build_file", "plan", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 
@@ -124,8 +125,8 @@ REPLACED = "replaced"
 TYPER = "typer"
 """The key in the metadata of a record's field under which typer's ``Option`` or ``Argument`` for it is kept."""
 
-KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self"}
-"""Of the package, where an option has another name."""
+KEYWORDS = {"model": "models", "fisher": "fishers", "own": "self", "keep_dtype": "dtype"}
+"""Of the package, where an option has another name; a command's own options come before those that it shares."""
 
 
 class Settings(Protocol):
@@ -166,12 +167,12 @@ class Command:
     @property
     def flags(self) -> dict[str, str]:
         """The keywords of the package that the command's options stand for, and these options."""
-        found = {}
+        found: dict[str, str] = {}
         for name, parameter in self.signature.parameters.items():
             options = [entry for entry in get_args(parameter.annotation) if isinstance(entry, OptionInfo)]
             if options:
                 said = [word for word in options[0].param_decls or () if word.startswith("--")]
-                found[KEYWORDS.get(name, name)] = said[0] if said else f"--{name.replace('_', '-')}"
+                found.setdefault(KEYWORDS.get(name, name), said[0] if said else f"--{name.replace('_', '-')}")
         lists = {name: flag for name, flag in found.items() if name in ("kinds", "structures")}
         return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
 

@@ -20,7 +20,7 @@ from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_
 from fisherkit.cli.text import number, pairs
 from fisherkit.data import Data, Source
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
-from fisherkit.fisher import build_file, plan
+from fisherkit.fisher import build_file, plan, refuse_unpacked
 from fisherkit.io.fisher_file import index_of, refuse_others
 from fisherkit.operators import FisherFile
 from fisherkit.processes import Share, started
@@ -70,6 +70,8 @@ class Estimate(ModelOptions):
 
     def run(self) -> None:
         """Load, build, save, report; in several processes, each with its share of the batches, by the first one."""
+        chosen = structure_named(self.structure, CALL)
+        refuse_unpacked(CALL, chosen, self._kept)  # before a model is loaded
         if self.plan:
             self._plan()
             return
@@ -77,7 +79,7 @@ class Estimate(ModelOptions):
             raise typer.BadParameter("Missing option '--out', the file to write; --plan needs none.")
         check_fisher_file(self.out, f"{CALL} --out", overwrite=self.overwrite)
         with started(self.device) as (rank, size):
-            if size > 1 and structure_named(self.structure, CALL).keeps_rows:
+            if size > 1 and chosen.keeps_rows:
                 raise InvalidArgumentError(
                     CALL, f"structure={self.structure!r} in {size} processes", "one process",
                     why="each process would keep rows of its own, and one file has all", try_='structure="ekfac"',
@@ -124,8 +126,12 @@ class Estimate(ModelOptions):
             "structure": self.structure, "params": self.selection(model, CALL), "example": self.example,
             "normalization": self.normalization, "kfac_positions": self.kfac_positions, "progress": True,
             "memory_budget": None if self.memory_budget is None else int(self.memory_budget),
-            "dtype": None if self.keep_dtype is None else getattr(torch, self.keep_dtype),
+            "dtype": self._kept,
         }  # fmt: skip
+
+    @property
+    def _kept(self) -> torch.dtype | None:
+        return None if self.keep_dtype is None else getattr(torch, self.keep_dtype)
 
     def _summary(self, file: FisherFile, data: Data, seconds: float) -> dict[str, Any]:
         blocks = (file.read(names) for names in file.blocks)  # one by one, as they may not fit together

@@ -247,12 +247,13 @@ class Merge:
         taken = inspect.signature(function).parameters
         values = {name: value for name, value in vars(self).items() if name in given() and name not in OWN}
         unknown = [name for name in values if name not in {*taken, *settings, "base", "scale"}]
-        unknown += [name for name in OF_LAYERS if name in given() and "data" not in taken]
+        layers = [name for name in OF_LAYERS if name in given() and "data" not in taken]
         if self.data and "data" not in taken:
             _refuse(f"--method {self.method} with --data", "--method layers", "no other way runs the models")
-        if unknown:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
-            _refuse(f"--method {self.method} with {options}", "options that it has", try_="leave them out")
+        if unknown or layers:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in (*unknown, *layers))
+            why = f"{', '.join(f'--{name}' for name in layers)}: of --method layers alone" if layers else ""
+            _refuse(f"--method {self.method} with {options}", "options that it has", why, "leave them out")
         if "fishers" not in taken and self.fisher:
             _refuse(f"--method {self.method} with --fisher", "no Fishers, which it does not use")
         if "fishers" in taken and len(self.fisher or ()) != len(self.model):

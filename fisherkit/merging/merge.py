@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fisherkit.arguments import check_number, is_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Data
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
+from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
 from fisherkit.kinds import ExactFisher
 from fisherkit.merging.assembly import Job, MergeInfo
 from fisherkit.merging.blocks import BlockwiseMerge, measure
@@ -428,6 +428,7 @@ def merge_layers(
             call, f"{len(models)} models and {number} data", "the data of each model",
             why="each model is measured on its own task's data", try_="[data_a, data_b], in the models' order",
         )  # fmt: skip
+    output_damping = check_number(call, "output_damping", output_damping)
     sources = open_models(models, call)
     space = ParameterSpace.of(unwrapped(models[0]), None)
     order = list(map(tuple, space.blocks.values() if stages is None else stages))
@@ -461,17 +462,30 @@ def _stages(
             _put(between, name, job.models[0].read(name))
     with bar(len(order), "merge_layers", "stages", shown=job.progress) as shown:
         for names in order:
-            fishers = [fisher(model, own, params=list(names)) for model, own in zip(between, data, strict=True)]
-            states = [{name: model.get_parameter(name) for name in names} for model in between]
-            merged, info = merge(
-                states, fishers, job.weights, damping=job.damping, normalize=job.normalize,
-                output_damping=job.output_damping, policy=job.policy, return_info=True,
-            )  # fmt: skip
+            fishers = [_measured(fisher, model, own, names) for model, own in zip(between, data, strict=True)]
+            own = [
+                open_model({name: model.get_parameter(name) for name in names}, source.label, job.call)
+                for model, source in zip(between, job.models, strict=True)
+            ]
+            sources = open_fishers(fishers, own, job.call)
+            stage = replace(job, models=own, out=None, return_info=True, progress=False)
+            merged, info = _merged(stage, sources, sources)
             infos.append(info)
             for name, tensor in merged.items():
                 _put(between, name, tensor)
             shown.update(1)
             yield from merged.items()
+
+
+def _measured(fisher: Callable[..., FisherOperator], model: nn.Module, data: Data, names: Names) -> FisherOperator:
+    """The Fisher of a stage; `merge_layers` has none of the keywords that the default one's errors advise."""
+    try:
+        return fisher(model, data, params=list(names))
+    except FisherkitError as error:
+        if fisher is not KFAC or "likelihood=" not in error.try_:
+            raise
+        advice = f'fisher=functools.partial(fk.ExactFisher, structure="kfac", likelihood=...), with {error.try_}'
+        raise type(error)(error.call, error.got, error.expected, why=error.why, try_=advice) from error
 
 
 def _put(models: Sequence[nn.Module], name: str, tensor: Tensor) -> None:

@@ -116,8 +116,8 @@ def open_models(models: Sequence[Model], call: str) -> list[ModelSource]:
     if len(found) > 1 and any(".lora_" in name for name in found[0].shapes):
         warn(
             f"{call}: LoRA's A and B are merged apart, and what the models compute with, W + s·BA, is no average of "
-            "theirs then. Try: fk.adapters.merged_weights(model) in the place of each model, and "
-            "fk.adapters.write_merged_weights for the result."
+            "theirs then. Try: fk.merging.merge, or average, with fk.adapters.merged_weights(model) in the place of "
+            "each model, and fk.adapters.write_merged_weights for the result."
         )
     return found
 

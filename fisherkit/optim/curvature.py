@@ -421,7 +421,7 @@ class Curvature:
             "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
             "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
             "updates": self.averages.updates, "averages": self.averages.state(),
-            "parameters": json.dumps(self._parameters),
+            "parameters": json.dumps(self._parameters), "likelihood": self.capture.likelihood.recorded,
         }  # fmt: skip
         return with_checksum({**state, "momentum": dict(self._momentum)} if self._momentum else state)
 
@@ -429,8 +429,8 @@ class Curvature:
         """The inverse of `state_dict`, read and checked at once, and put in place by the function that is returned.
 
         Raises:
-            InvalidArgumentError: steps cannot go on from it: it is damaged, or of another kind, structure, damping or
-                model.
+            InvalidArgumentError: steps cannot go on from it: it is damaged, or of another kind, likelihood, structure,
+                damping or model.
         """
         call = f"{self.call}.load_state_dict"
         check_has(state, ("kind", "structure", "gram", "steps", "examples", "seen", "updates"), self.call)
@@ -438,9 +438,9 @@ class Curvature:
         check_checksum(state, call)
         for key, value in (
             ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
-            ("structure", self.structure), ("gram", self.gram),
+            ("structure", self.structure), ("gram", self.gram), ("likelihood", self.capture.likelihood.recorded),
         ):  # fmt: skip
-            if state[key] != value:
+            if key in state and state[key] != value:  # states of before do not name the likelihood
                 raise InvalidArgumentError(
                     call=call, got=f"a state with {key} = {state[key]!r}", expected=repr(value),
                     why="a step would go on in another direction", try_="an optimizer made with the same arguments",
@@ -482,11 +482,19 @@ def _with_empty(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"options": {}, "averages": [], **state}
 
 
+_MAKERS = {"curvature": "NaturalGradient", "gram": "Preconditioner"}
+"""Whose state it is, by a key that no other has."""
+
+
 def check_has(state: Any, keys: Iterable[str], call: str) -> None:
     """Refuse what is no state of the class ``call``, or lacks one of its parts ``keys``."""
     if isinstance(state, Mapping) and not (missing := set(keys) - set(state)):
         return
-    got = f"a state without {sorted(missing)}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+    if isinstance(state, Mapping):
+        maker = next((f" of {cls}," for key, cls in _MAKERS.items() if key in state), "")
+        got = f"a state{maker} without {sorted(missing)}"
+    else:
+        got = f"a {type(state).__name__}"
     raise InvalidArgumentError(call=f"{call}.load_state_dict", got=got, expected=f"one that {call}.state_dict() made")
 
 

@@ -274,8 +274,8 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         """The inverse of `state_dict`; steps go on bit for bit.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure, damping or model, another optimizer's, or damaged;
-                nothing is changed.
+            InvalidArgumentError: it is of another kind, likelihood, structure, damping or model, another optimizer's,
+                or damaged; nothing is changed.
         """
         check_has(state_dict, ("param_groups", "curvature"), CALL)
         # torch.distributed.checkpoint leaves out what is empty, and writes every key as a string.

@@ -39,8 +39,8 @@ class Preconditioner(Watching):
     Without ``damping=`` and ``gram_damping=``, for structures of layers, all that is left to choose is the optimizer's
     learning rate, on the scale of AdamW's and Muon's: ``damping`` is ``LayerDamping(0.3)``, ``gradient_momentum`` 0.9,
     ``layer_rms`` 0.2, ``ema`` 0.95, ``update_every`` 5 and ``refresh_every`` 2, each unless you pass your own. The
-    optimizer that follows needs no momentum then, and its learning rate must fall while you train, since steps get
-    shorter by nothing else.
+    optimizer that follows needs no momentum then (``OneCycleLR`` gives it some unless ``cycle_momentum=False``), and
+    its learning rate must fall while you train, since steps get shorter by nothing else.
 
     With ``kind="ief"`` and Kronecker factors this is the paper's ieKFAC (Wu, Yu, Zhang, Woodland, arXiv 2406.06420,
     eq. 43): each example's output gradient is divided by the norm of its logit gradient, activations are as in KFAC.
@@ -191,9 +191,13 @@ class Preconditioner(Watching):
         return self._curvature.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; steps go on bit for bit.
+        """The inverse of `state_dict`; steps go on bit for bit, with the same arguments.
+
+        The sum of gradients of ``gradient_momentum`` is left out where that is 0 here, and begins with the next
+        gradient where the state has none.
 
         Raises:
-            InvalidArgumentError: it is of another kind, structure, damping or model; nothing is changed.
+            InvalidArgumentError: it is of another kind, likelihood, structure, damping or model, `NaturalGradient`'s,
+                or damaged; nothing is changed.
         """
         self._curvature.loading(state_dict)()
