@@ -86,20 +86,20 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     Cost: O·I·r a layer of rank r, and the dense values' memory.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidTypeError(call="merged_weights", got=f"a {type(model).__name__}", expected="a torch.nn.Module")
+        raise InvalidTypeError("merged_weights", f"a {type(model).__name__}", "a torch.nn.Module")
     model = unwrapped(model)
     layers = dict(_adapted(model))
     made, reasons = _products(model, layers)
     if reasons:
         raise InvalidArgumentError(
-            call="merged_weights", got=listed([f"{name}: {why}" for name, why in reasons.items()], 4),
-            expected="LoRA layers that compute with W + s·BA",
+            "merged_weights", listed([f"{name}: {why}" for name, why in reasons.items()], 4),
+            "LoRA layers that compute with W + s·BA",
             why="only where the adapters are a change of W are its rows those of the change",
             try_="params=None, the Fisher of the adapters' own parameters",
         )  # fmt: skip
     if not made:
         raise InvalidArgumentError(
-            call="merged_weights", got="a model without active LoRA adapters", expected="at least one",
+            "merged_weights", "a model without active LoRA adapters", "at least one",
             why="there is no product BA to be measured",
             try_="peft.get_peft_model(model, peft.LoraConfig(...)); of merged adapters model.unmerge_adapter()",
         )  # fmt: skip
@@ -176,30 +176,30 @@ def write_merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dic
     parameters = dict(model.named_parameters())
     if not isinstance(weights, Mapping) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise InvalidTypeError(
-            call=call, got=f"weights of type {type(weights).__name__}", expected="a dict of name -> tensor",
+            call, f"weights of type {type(weights).__name__}", "a dict of name -> tensor",
             try_="fk.merging.merge([fk.adapters.merged_weights(model), ...], ...)",
         )  # fmt: skip
     if unknown := sorted(set(weights) - set(known)):
         raise UnknownParameterError(
-            call=call, got=f"unknown names {listed(unknown)}", expected="names of merged_weights(model)",
+            call, f"unknown names {listed(unknown)}", "names of merged_weights(model)",
             why="only weights that the model trains are written", try_="sorted(fk.adapters.merged_weights(model))",
         )  # fmt: skip
     if odd := [name for name, w in weights.items() if w.shape != known[name].shape]:
         raise InvalidArgumentError(
-            call=call, got=f"other shapes of {listed(odd)}", expected="the model's",
-            why="an adapter changes a weight and not its shape", try_="weights of models of the same architecture",
+            call, f"other shapes of {listed(odd)}", "the model's", why="an adapter changes a weight and not its shape",
+            try_="weights of models of the same architecture",
         )  # fmt: skip
     made = {name: product for name, product in products(model, known).items() if name in weights}
     if odd := [name for name, w in weights.items() if not all_finite(w)]:
-        raise NonFiniteError(call=call, got=f"NaN or infinite entries of {listed(odd)}", expected="finite numbers")
+        raise NonFiniteError(call, f"NaN or infinite entries of {listed(odd)}", "finite numbers")
     if several := [name for name, product in made.items() if len(product.terms) > 1]:
         raise InvalidArgumentError(
-            call=call, got=f"several active adapters on {listed(several, 4)}", expected="one",
+            call, f"several active adapters on {listed(several, 4)}", "one",
             why="how a change is shared out between them is open", try_='model.set_adapter("name")',
         )  # fmt: skip
     if still := [name for name, product in made.items() if not product.terms[0][0]]:
         raise InvalidArgumentError(
-            call=call, got=f"adapters of scale 0 on {listed(still, 4)}", expected="another scale",
+            call, f"adapters of scale 0 on {listed(still, 4)}", "another scale",
             why="whatever is in them changes nothing", try_="a lora_alpha above 0",
         )  # fmt: skip
     written: list[tuple[nn.Parameter, Tensor]] = []
@@ -222,9 +222,8 @@ def write_merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dic
         written += [(own[0], factors[0].reshape(own[0].shape)), (own[1], factors[1].mT.reshape(own[1].shape))]
     if not all(all_finite(value.to(parameter.dtype)) for parameter, value in written):
         raise NonFiniteError(
-            call=call, got="weights beyond the range of the adapters' dtype", expected="numbers that it holds",
-            try_="adapters in float32",
-        )  # fmt: skip
+            call, "weights beyond the range of the adapters' dtype", "numbers that it holds", try_="adapters in float32"
+        )
     for parameter, value in written:
         parameter.copy_(value)
     return {

@@ -97,7 +97,7 @@ def may_overflow(squares: float, dtype: torch.dtype) -> bool:
 def overflow(call: str, where: str, dtype: torch.dtype) -> NonFiniteError:
     """The error of sums that are not finite, of rows that are."""
     return NonFiniteError(
-        call=call, got=f"infinite sums of squares: {where}", expected="finite ones",
+        call, f"infinite sums of squares: {where}", "finite ones",
         why="the gradients and activations that they are made of are finite, and their squares too large for "
         f"{dtype}, whose largest number is {torch.finfo(dtype).max:.1e}",
         try_="model and data in float64, as by model.double(); inputs and a loss of another scale",
@@ -118,8 +118,8 @@ def checked_product(
     result = matmat(columns).detach()
     if result.shape != columns.shape or result.dtype != columns.dtype:
         raise InvalidArgumentError(
-            call=call, got=f"a product of shape {list(result.shape)} and dtype {result.dtype}",
-            expected=f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument",
+            call, f"a product of shape {list(result.shape)} and dtype {result.dtype}",
+            f"shape {list(columns.shape)} and dtype {columns.dtype}, those of its argument",
             why="products map columns [D, K] to columns [D, K]",
         )  # fmt: skip
     return result

@@ -523,8 +523,8 @@ class Builder:
         tally = built.tally.some()
         if streamed.counted is not None and streamed.counted[:2] != tally[:2]:
             raise DataError(
-                call="a pass over the data", got=f"N, R = {tally.examples:,}, {tally.rows:,}",
-                expected=f"{streamed.counted.examples:,}, {streamed.counted.rows:,}, as in the first product",
+                "a pass over the data", f"N, R = {tally.examples:,}, {tally.rows:,}",
+                f"{streamed.counted.examples:,}, {streamed.counted.rows:,}, as in the first product",
                 why="rows that are made later must be of the same Fisher", try_='storage="rows"',
             )  # fmt: skip
         streamed.counted = tally
@@ -596,10 +596,8 @@ class Builder:
         if structure.in_parts and problem is None:
             try_ += ", or fk.build_file, which writes part after part to a file"
         raise MemoryBudgetError(
-            call=f'structure="{structure.name}"',
-            got=f"a need of {readable(needed)}{of}",
-            expected=f"at most memory_budget = {readable(self.budget)}", why=why,
-            try_=f"{try_}, or a larger memory_budget",
+            f'structure="{structure.name}"', f"a need of {readable(needed)}{of}",
+            f"at most memory_budget = {readable(self.budget)}", why=why, try_=f"{try_}, or a larger memory_budget",
         )  # fmt: skip
 
     def _entry(self, names: tuple[str, ...], part: Part) -> CoverageEntry:

@@ -108,7 +108,7 @@ class Batch:
             kwargs = model_inputs.taken(kwargs, call)
         if any(isinstance(arg, PackedSequence) for arg in (*args, *kwargs.values())):
             raise InvalidTypeError(
-                call=call, got="a PackedSequence as input", expected="a padded tensor, and the lengths beside it",
+                call, "a PackedSequence as input", "a padded tensor, and the lengths beside it",
                 why="a packed sequence holds its examples' positions between each other",
                 try_="pack_padded_sequence in the model's forward",
             )  # fmt: skip
@@ -118,25 +118,25 @@ class Batch:
         names = dict(enumerate(_named_inputs(args, kwargs)))
         sizes = [leaf.shape[0] for _, leaf in names.values() if leaf.ndim > 0]
         if not sizes:
-            raise DataError(call=call, got="inputs without a tensor", expected="tensors with the examples along axis 0")
+            raise DataError(call, "inputs without a tensor", "tensors with the examples along axis 0")
         size = targets.shape[0] if targets is not None and targets.ndim > 0 and targets.shape[0] in sizes else sizes[0]
         if axes:
             own = [leaf.shape[0] for i, (_, leaf) in names.items() if axes.get(i) and leaf.ndim > 0]
             size = own[0] if own and size not in own else size
         if size == 0:
-            raise DataError(call=call, got="a batch with no example", expected="at least one")
+            raise DataError(call, "a batch with no example", "at least one")
         if targets is not None and (targets.ndim == 0 or targets.shape[0] != size):
             raise DataError(
-                call=call, got=f"inputs with {size} examples and targets of shape {list(targets.shape)}",
-                expected=f"{size} targets", why="both have the examples along axis 0",
+                call, f"inputs with {size} examples and targets of shape {list(targets.shape)}", f"{size} targets",
+                why="both have the examples along axis 0",
             )  # fmt: skip
         if not axes or len(axes) != len(names):
             axes = {i: leaf.ndim > 0 and leaf.shape[0] == size for i, (_, leaf) in names.items()}
         odd = [(name, leaf) for i, (name, leaf) in names.items() if axes[i] and leaf.shape[:1] != (size,)]
         if odd:
             raise DataError(
-                call=call, got=f"input {odd[0][0]!r} of shape {list(odd[0][1].shape)} in a batch of {size} examples",
-                expected=f"{size} along axis 0",
+                call, f"input {odd[0][0]!r} of shape {list(odd[0][1].shape)} in a batch of {size} examples",
+                f"{size} along axis 0",
                 why="in an earlier batch it had as many as there were examples, so it was taken to have one an example",
                 try_=SHARED,
             )  # fmt: skip
@@ -149,7 +149,7 @@ class Batch:
         leaves = [leaf for _, leaf in _named_inputs(args, kwargs)]
         sizes = [leaf.shape[0] for leaf in leaves if leaf.ndim > 0]
         if not sizes or sizes[0] == 0:
-            raise DataError(call=call, got="no example", expected="tensors with the examples along axis 0")
+            raise DataError(call, "no example", "tensors with the examples along axis 0")
         axes = {i: leaf.ndim > 0 and leaf.shape[0] == sizes[0] for i, leaf in enumerate(leaves)}
         return cls(args, kwargs, None, sizes[0], axes)
 
@@ -217,7 +217,7 @@ class Batch:
             targets = torch.cat([targets.new_full((self.size, extra), ignore_index), targets], 1)
         if shift and targets.ndim < 2:
             raise DataError(
-                call="data", got=f"labels of shape {list(targets.shape)} to be shifted", expected="[B, T]",
+                "data", f"labels of shape {list(targets.shape)} to be shifted", "[B, T]",
                 why="with shift_labels every position is paired with the next label", try_="shift_labels=False",
             )  # fmt: skip
         if shift:
@@ -263,8 +263,7 @@ def outputs_of(output: Any) -> Tensor:
     if isinstance(logits, Tensor):
         return logits
     raise ModelError(
-        call="the model's forward pass", got=f"a {type(output).__name__}",
-        expected="a tensor of outputs, or an object with .logits",
+        "the model's forward pass", f"a {type(output).__name__}", "a tensor of outputs, or an object with .logits",
         try_="a small nn.Module around the model whose forward returns the logits",
     )  # fmt: skip
 
@@ -277,7 +276,7 @@ def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple
         name = next((name for name in LABELS if name in fields and name not in own), None)
         if name is None:
             raise DataError(
-                call=call, got=f"a mapping with keys {sorted(map(str, fields))}", expected='one with "labels"',
+                call, f"a mapping with keys {sorted(map(str, fields))}", 'one with "labels"',
                 try_='a pair (inputs, targets), or rename the key to "labels"',
             )  # fmt: skip
         return {key: value for key, value in fields.items() if key != name}, fields[name]
@@ -290,14 +289,13 @@ def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple
             return tuple(raw[:-1]), raw[-1]
         takes = "" if required is None else f", and the model's forward pass needs {len(required)} input(s)"
         raise InvalidTypeError(
-            call=call, got=f"a batch of type {type(raw).__name__} with {len(raw)} parts",
-            expected='a pair (inputs, targets) or a mapping with "labels"',
+            call, f"a batch of type {type(raw).__name__} with {len(raw)} parts",
+            'a pair (inputs, targets) or a mapping with "labels"',
             why=f"nothing tells which of them are inputs and targets{takes}",
             try_=f"((a, b), y) for inputs a and b by place, ({{name: a, ...}}, y) by name; {_STACKED}",
         )  # fmt: skip
     raise InvalidTypeError(
-        call=call, got=f"a batch of type {type(raw).__name__}",
-        expected='a pair (inputs, targets) or a mapping with "labels"',
+        call, f"a batch of type {type(raw).__name__}", 'a pair (inputs, targets) or a mapping with "labels"',
         try_="[(x, y)] for a list of batches, (x, y) for one; torch.as_tensor for arrays",
     )  # fmt: skip
 
@@ -310,8 +308,7 @@ def _checked_targets(targets: Any, call: str) -> Tensor | None:
     targets = _as_tensor(targets)
     if targets is not None and not isinstance(targets, Tensor):
         raise InvalidTypeError(
-            call=call, got=f"targets of type {type(targets).__name__}",
-            expected="a tensor, an array or lists of numbers",
+            call, f"targets of type {type(targets).__name__}", "a tensor, an array or lists of numbers",
             try_="torch.as_tensor(targets)"
             + (f"; {_STACKED}" if isinstance(targets, (list, tuple)) and len(targets) == 2 else ""),
         )  # fmt: skip
@@ -331,14 +328,13 @@ class Source:
         is_batch = _is_batch(data)
         if not is_batch and not isinstance(data, Iterable):
             raise InvalidTypeError(
-                call="data", got=f"a {type(data).__name__}",
-                expected="one batch (inputs, targets), or a list or DataLoader of batches",
+                "data", f"a {type(data).__name__}", "one batch (inputs, targets), or a list or DataLoader of batches",
                 try_="a DataLoader of it, for a data set",
             )  # fmt: skip
         if not is_batch and isinstance(data, Iterator):
             raise DataError(
-                call="data", got=f"a {type(data).__name__}, which can be read only once",
-                expected="something that can be iterated again and again",
+                "data", f"a {type(data).__name__}, which can be read only once",
+                "something that can be iterated again and again",
                 why="streamed products and EKFAC read the data more than once", try_="list(data), or a DataLoader",
             )  # fmt: skip
         self._first: Batch | None = None
@@ -419,8 +415,7 @@ class Source:
         got = _disorder(self.batches)
         if got:
             raise DataError(
-                call=call, got=f"{got}{role and f' as {role}'}", expected="one in a fixed order",
-                why="an example is known by its place",
+                call, f"{got}{role and f' as {role}'}", "one in a fixed order", why="an example is known by its place",
                 try_="DataLoader(data, shuffle=False), or sampler=list(sampler) where places in that order are meant",
             )  # fmt: skip
 
@@ -443,7 +438,7 @@ class Source:
         """The first batch with more than one example, else the first."""
         first = self.beginning()
         if first is None:
-            raise DataError(call="data", got="no batch", expected="at least one example")
+            raise DataError("data", "no batch", "at least one example")
         return first
 
     def beginning(self) -> Batch | None:
@@ -508,18 +503,16 @@ def _is_batch(data: Data) -> bool:
 def _changed(number: int, origin: str) -> DataError:
     if origin:
         return DataError(
-            call=f"data, batch {number}", got=f"other examples, or in another order, than those that {origin} is of",
-            expected="the same data in the same batches", why="finished parts and those to come belong together",
+            f"data, batch {number}", f"other examples, or in another order, than those that {origin} is of",
+            "the same data in the same batches", why="finished parts and those to come belong together",
             try_=f"the data as they were; else remove {origin}, and all parts are made again",
         )  # fmt: skip
     return DataError(
-        call=f"data, batch {number}",
-        got="data that change between passes: other examples than before, or in another order",
-        expected="the same in every pass",
-        why="this is computed in several passes over the data, whose results belong together",
+        f"data, batch {number}", "data that change between passes: other examples than before, or in another order",
+        "the same in every pass", why="this is computed in several passes over the data, whose results belong together",
         try_="list(data), which keeps what was drawn; a data set without random augmentation, shuffle=False; or, of a "
         'full Fisher, storage="rows" or a larger memory_budget, with which one pass is enough',
-    )
+    )  # fmt: skip
 
 
 def _elsewhere(others: Sequence[torch.Generator]) -> RngState:
@@ -549,7 +542,7 @@ def check_finite(z: Tensor, call: str) -> None:
     """Refuse outputs with NaN or infinity."""
     if not all_finite(z):
         raise NonFiniteError(
-            call=call, got="model outputs with NaN or infinite entries", expected="finite outputs",
+            call, "model outputs with NaN or infinite entries", "finite outputs",
             try_="check the inputs of this batch and the model's weights",
         )  # fmt: skip
 
@@ -566,16 +559,16 @@ def model_device(
     sharded = [name for name in names if hasattr(parameters[name], "full_tensor")]  # what DTensors have
     if sharded:
         raise ModelError(
-            call="params", got=f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
-            expected="whole ones, or shards of `fully_shard`", why="rows are made of layers whose weights are at hand",
+            "params", f"parameters of which each process has a shard (DTensor): {listed(sharded, 3)}",
+            "whole ones, or shards of `fully_shard`", why="rows are made of layers whose weights are at hand",
             try_="a model of the full weights: torch.distributed.checkpoint.state_dict.get_model_state_dict with "
             "StateDictOptions(full_state_dict=True)",
         )  # fmt: skip
     found = {(parameters[name].device, parameters[name].dtype) for name in names}
     if len(found) > 1:
         raise ModelError(
-            call="params", got=f"parameters of {sorted(f'{d} {t}' for d, t in found)}",
-            expected="one device and one dtype", why="a Fisher is one operator over all of them",
+            "params", f"parameters of {sorted(f'{d} {t}' for d, t in found)}", "one device and one dtype",
+            why="a Fisher is one operator over all of them",
             try_="params= to choose the parameters of one device and dtype, or model.to(...)",
         )  # fmt: skip
     return found.pop()

@@ -257,13 +257,13 @@ def _damped_sum(
     """Σ f(F/λ) over its D eigenvalues; f's derivatives are positive and negative in turn."""
     call = f"{name}(damping={damping})"
     if not (is_number(damping) and math.isfinite(damping) and damping > 0):
-        raise InvalidArgumentError(call=call, got=str(damping), expected="a finite number > 0", why=why)
+        raise InvalidArgumentError(call, str(damping), "a finite number > 0", why=why)
     bounds = []
     for diagonal, coupling in _tridiagonal(name, operator, samples, steps, generator):
         for nodes, weights in (_quadrature(diagonal, coupling), _quadrature(_radau(diagonal, coupling), coupling)):
             if bool(nodes.min() < -math.sqrt(torch.finfo(operator.dtype).eps) * nodes.abs().max()):
                 got = f"an operator with an eigenvalue of {float(nodes.min()):.3g} or less"
-                raise InvalidArgumentError(call=call, got=got, expected="a positive semi-definite one")
+                raise InvalidArgumentError(call, got, "a positive semi-definite one")
             bounds.append((weights * function(nodes.clamp(min=0) / damping)).sum(dim=1))
     high, low = torch.cat(bounds[::2]), torch.cat(bounds[1::2])
     middle = _mean([0.5 * (high + low)])
@@ -358,7 +358,7 @@ def _source(call: str, operator: object, generator: torch.Generator | None) -> t
         ("generator", generator, torch.Generator | None, "a torch.Generator or None"),
     ):
         if not isinstance(value, kind):
-            raise InvalidTypeError(call=call, got=f"a {type(value).__name__} as {name}", expected=expected)
+            raise InvalidTypeError(call, f"a {type(value).__name__} as {name}", expected)
     return torch.Generator().manual_seed(DEFAULT_SEED) if generator is None else generator
 
 
@@ -379,5 +379,5 @@ def _product(operator: SupportsMatvec, columns: Float[Tensor, "D K"]) -> Float[T
     call = f"{type(operator).__name__}.matvec"
     result = checked_product(operator.matvec, columns, call)
     if not all_finite(result):
-        raise NonFiniteError(call=call, got="NaN or infinity in a product", expected="finite numbers")
+        raise NonFiniteError(call, "NaN or infinity in a product", "finite numbers")
     return result

@@ -221,7 +221,7 @@ class _Asked(NamedTuple):
         """Check all arguments of `FisherApproximation`, by name, and find out how the model's rows are made."""
         o = SimpleNamespace(**arguments)
         if not isinstance(o.model, nn.Module):
-            raise InvalidTypeError(call=call, got=f"a {type(o.model).__name__} as model", expected="a torch.nn.Module")
+            raise InvalidTypeError(call, f"a {type(o.model).__name__} as model", "a torch.nn.Module")
         chosen = structure_named(o.structure, call)
         for name, allowed in _CHOICES.items():
             check_choice(call, name, arguments[name], allowed)
@@ -232,12 +232,10 @@ class _Asked(NamedTuple):
             check_positive(call, name, value)
         _refuse_unfit(call, o, chosen)
         if o.generator is not None and not isinstance(o.generator, torch.Generator):
-            raise InvalidTypeError(
-                call=call, got=f"a {type(o.generator).__name__} as generator", expected="a torch.Generator or None"
-            )
+            raise InvalidTypeError(call, f"a {type(o.generator).__name__} as generator", "a torch.Generator or None")
         if o.kind is None:
             raise InvalidTypeError(
-                call=call, got="no kind", expected='one such as "exact", or an fk.OutputRule',
+                call, "no kind", 'one such as "exact", or an fk.OutputRule',
                 why="a Fisher does not say its vectors itself: its kind does",
                 try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
             )  # fmt: skip
@@ -366,7 +364,7 @@ def build_file(
     builder.storage = "rows"  # a file has them
     if builder.shards > 1:
         raise InvalidArgumentError(
-            call=call, got="shard=True", expected="shard=False", why="finished parts are kept in the file alone",
+            call, "shard=True", "shard=False", why="finished parts are kept in the file alone",
             try_="FisherApproximation(..., shard=True), and save",
         )  # fmt: skip
     settings = recorded | {
@@ -426,7 +424,7 @@ def _refuse_unfit(call: str, o: SimpleNamespace, structure: type[Structure]) -> 
 
     def refuse(setting: str, expected: str, why: str, advice: str, beside: str = "structure") -> None:
         got = f"{setting}={getattr(o, setting)!r} with {beside}={getattr(o, beside)!r}"
-        raise InvalidArgumentError(call=call, got=got, expected=expected, why=why, try_=advice)
+        raise InvalidArgumentError(call, got, expected, why=why, try_=advice)
 
     if o.storage == "stream" and o.max_rows is not None:
         why = "which rows are the largest is known when all have been made, once"
@@ -447,7 +445,7 @@ def refuse_unpacked(call: str, structure: type[Structure], dtype: torch.dtype | 
     """Refuse a dtype to keep numbers in, of a structure whose numbers cannot be rounded."""
     if dtype is not None and not structure.packs:
         raise InvalidArgumentError(
-            call=call, got=f'dtype={dtype} with structure="{structure.name}"', expected="dtype=None",
+            call, f'dtype={dtype} with structure="{structure.name}"', "dtype=None",
             why="rounded, a matrix of rows or of a whole block would not be a Fisher matrix of its own",
             try_='structure="kfac", "ekfac", "nkp" or "diagonal"',
         )  # fmt: skip

@@ -109,7 +109,7 @@ class Likelihood(ABC):
             InvalidArgumentError: a class of one's own that does not say it.
         """
         raise InvalidArgumentError(
-            call="the loss of each example", got=f"a {type(self).__name__} as likelihood", expected="one with a loss",
+            "the loss of each example", f"a {type(self).__name__} as likelihood", "one with a loss",
             why="it says gradients, not the loss itself", try_=f"loss(z, target) in {type(self).__name__}",
         )  # fmt: skip
 
@@ -213,7 +213,7 @@ class Likelihood(ABC):
             return z.reshape(-1, 1, 1)
         if z.ndim > 3 and self.few_axes:
             raise DataError(
-                call=call, got=f"outputs of shape {shape_text(z)}", expected="(B, C) or (B, T, C)",
+                call, f"outputs of shape {shape_text(z)}", "(B, C) or (B, T, C)",
                 why="outputs are positions by classes, the classes last",
                 try_="z.movedim(1, -1).flatten(1, -2) in the model for images of logits (B, C, H, W), or a likelihood "
                 "that says how to read them: fk.likelihoods.Categorical(class_axis=1), or torch's own loss, "
@@ -268,8 +268,8 @@ class Likelihood(ABC):
             return z, None, mask
         if target.shape[:1] != raw.shape[:1] or target.numel() != raw.numel():
             raise DataError(
-                call=call, got=f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
-                expected="targets of the outputs' shape", why=f"the likelihood is {self.name}",
+                call, f"targets of shape {shape_text(target)} for outputs {shape_text(raw)}",
+                "targets of the outputs' shape", why=f"the likelihood is {self.name}",
             )  # fmt: skip
         target = self.positions(target.reshape(raw.shape), call).to(z.dtype)
         self.check_values(target, call)
@@ -282,12 +282,12 @@ class Likelihood(ABC):
             DataError: NaN, infinite or outside the support.
         """
         if not all_finite(target):
-            raise DataError(call=call, got="targets with NaN or infinite entries", expected="finite numbers")
+            raise DataError(call, "targets with NaN or infinite entries", "finite numbers")
         least, most, allowed = self.support
         wrong = target[(target < least) | (target > most)].unique().tolist() if allowed else []
         if wrong:
             got = f"target{'s' if len(wrong) > 1 else ''} {listed(f'{value:.4g}' for value in wrong)}"
-            raise DataError(call=call, got=got, expected=allowed, why=f"the likelihood is {self.name}")
+            raise DataError(call, got, allowed, why=f"the likelihood is {self.name}")
 
     # -- what the package asks -----------------------------------------------------------------------------------------
 
@@ -329,8 +329,8 @@ class Likelihood(ABC):
             advice = f"sample in {type(self).__name__}; sample = fk.likelihoods.….sample if the inherited one is right"
         if why:
             raise InvalidArgumentError(
-                call="SampledFisher", got=f"the likelihood {self.recorded}", expected="a −log p(y | z) to draw y from",
-                why=why, try_=advice,
+                "SampledFisher", f"the likelihood {self.recorded}", "a −log p(y | z) to draw y from", why=why,
+                try_=advice,
             )  # fmt: skip
 
 
@@ -425,8 +425,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _contradict(likelihood: Likelihood, found: str, other: str) -> NoReturn:
     raise InvalidArgumentError(
-        call="likelihood", got=f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
-        expected="methods of one loss" if other == "hessian_factor" else f"{found} with S Sᵀ the derivative of {other}",
+        "likelihood", f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
+        "methods of one loss" if other == "hessian_factor" else f"{found} with S Sᵀ the derivative of {other}",
         why="one of them was changed and the other inherited, or written for another loss",
         try_=f"{found} in {type(likelihood).__name__} itself",
     )  # fmt: skip

@@ -107,10 +107,10 @@ class _Separate(Likelihood):
             value = getattr(self, name)
             if isinstance(value, Tensor) and not (there and value.numel() in (1, found.shape[-1])):
                 raise DataError(
-                    call=call,
-                    got=f"outputs of shape {shape_text(z)} and a {name} of {value.numel()} for axis {self.class_axis}",
-                    expected="one number, or one for each output; all examples share them",
-                )
+                    call,
+                    f"outputs of shape {shape_text(z)} and a {name} of {value.numel()} for axis {self.class_axis}",
+                    "one number, or one for each output; all examples share them",
+                )  # fmt: skip
         return found
 
 
@@ -192,7 +192,7 @@ class GaussianNLL(Gaussian):
             DataError: always.
         """
         raise DataError(
-            call="SampledFisher", got="no targets", expected="targets with their variances",
+            "SampledFisher", "no targets", "targets with their variances",
             why="the labels' variance is part of the data",
         )  # fmt: skip
 
@@ -213,8 +213,8 @@ class GaussianNLL(Gaussian):
             return out, None, mask
         if target.shape != (*z.shape, 2):
             raise DataError(
-                call=call, got=f"targets of shape {shape_text(target)} for outputs {shape_text(z)}",
-                expected="the outputs' shape and a last axis of 2: the observed number and its variance",
+                call, f"targets of shape {shape_text(target)} for outputs {shape_text(z)}",
+                "the outputs' shape and a last axis of 2: the observed number and its variance",
                 why="the loss divides by a variance for each number, which is part of the data here",
                 try_="torch.stack([y, variance.expand_as(y)], -1); fk.likelihoods.Gaussian(variance=...) for one that "
                 "all examples share; a likelihood of your own for one that the model predicts",
@@ -222,7 +222,7 @@ class GaussianNLL(Gaussian):
         y, variance = (self.positions(part, call).to(out.dtype) for part in target.unbind(-1))
         self.check_values(y, call)
         if not bool((torch.isfinite(variance) & (variance >= 0)).all()):
-            raise DataError(call=call, got="variances below 0, NaN or infinite", expected="finite ones, 0 or more")
+            raise DataError(call, "variances below 0, NaN or infinite", "finite ones, 0 or more")
         return out, torch.cat([y, variance], -1), mask
 
 
@@ -355,17 +355,17 @@ class Categorical(Likelihood):
         call = "Categorical"
         if not is_integer(ignore_index):
             got = f"ignore_index of type {type(ignore_index).__name__}"
-            raise InvalidTypeError(call=call, got=got, expected="an integer, the label of positions that do not count")
+            raise InvalidTypeError(call, got, "an integer, the label of positions that do not count")
         self.ignore_index = ignore_index
         self.label_smoothing = check_number(call, "label_smoothing", label_smoothing, most=1)
         if class_axis is not None:
             if not is_integer(class_axis) or class_axis not in (-1, 1):
-                raise InvalidArgumentError(call=call, got=f"class_axis={class_axis!r}", expected="-1 or 1")
+                raise InvalidArgumentError(call, f"class_axis={class_axis!r}", "-1 or 1")
             self.class_axis, self._chosen = class_axis, "by the user"
         if weight is not None:
             found = _numbers(call, "weight", weight)
             if not isinstance(found, Tensor) or found.ndim != 1:
-                raise InvalidArgumentError(call=call, got="weight of no axis or several", expected="[C]")
+                raise InvalidArgumentError(call, "weight of no axis or several", "[C]")
             self.weight, self.hessian_of_targets = found, True
             self.unlikely = WEIGHTED
 
@@ -530,7 +530,7 @@ class Categorical(Likelihood):
         close = 1e-9 if gradient.dtype == torch.float64 else 1e-5
         if bool((present & (best.values[..., 1] > 1 - close)).any()):
             raise DataError(
-                call="target_from_gradient", got="a gradient that two labels could have", expected="one",
+                "target_from_gradient", "a gradient that two labels could have", "one",
                 why="under label smoothing the loss gradients of two classes can differ by a factor alone",
                 try_="a loss without label smoothing in the steps of the optimizer",
             )  # fmt: skip
@@ -556,8 +556,7 @@ class Categorical(Likelihood):
         if not (last or not first if self._chosen else first and not last):
             beside = "no labels" if target is None else f"targets {shape_text(target)}"
             raise DataError(
-                call=call, got=f"outputs of shape {shape_text(z)} and {beside}",
-                expected="outputs that say where the classes are",
+                call, f"outputs of shape {shape_text(z)} and {beside}", "outputs that say where the classes are",
                 why="the classes may be the last axis or, as in torch's own losses, axis 1",
                 try_="fk.likelihoods.Categorical(class_axis=-1) if they are the last axis, or class_axis=1",
             )  # fmt: skip
@@ -575,14 +574,13 @@ class Categorical(Likelihood):
         c = z.shape[-1]
         if c < 2:
             raise DataError(
-                call=call, got=f"outputs of shape {shape_text(raw)}",
-                expected="(B, C) or (B, T, C) with at least two classes",
+                call, f"outputs of shape {shape_text(raw)}", "(B, C) or (B, T, C) with at least two classes",
                 why="a categorical likelihood needs one output for each class",
                 try_='likelihood="bernoulli" for one logit',
             )  # fmt: skip
         if self.weight is not None and len(self.weight) != c:
             raise DataError(
-                call=call, got=f"{c} classes and {len(self.weight)} weights", expected="a weight for each class",
+                call, f"{c} classes and {len(self.weight)} weights", "a weight for each class",
                 why=f"the outputs are {shape_text(raw)} and the classes their axis {self.class_axis}",
                 try_="fk.likelihoods.Categorical(class_axis=-1 or 1, weight=...)" if raw.ndim > 2 else f"{c} weights",
             )  # fmt: skip
@@ -592,11 +590,10 @@ class Categorical(Likelihood):
             return z, self._probabilities(target, call).to(z.dtype), torch.ones_like(z[..., 0], dtype=torch.bool)
         if target.is_floating_point() or target.dtype == torch.bool:
             raise DataError(
-                call=call, got=f"labels of {target.dtype}", expected="integers",
-                why="a categorical likelihood takes class indices",
+                call, f"labels of {target.dtype}", "integers", why="a categorical likelihood takes class indices",
                 try_="labels.long(), or probs.argmax(-1); likelihood=nn.MSELoss() for regression" + (
-                    "; likelihood=nn.CrossEntropyLoss() takes class probabilities, too"
-                    if target.shape == raw.shape else ""
+                "; likelihood=nn.CrossEntropyLoss() takes class probabilities, too"
+                if target.shape == raw.shape else ""
                 ),
             )  # fmt: skip
         axis = self.class_axis % raw.ndim
@@ -612,12 +609,10 @@ class Categorical(Likelihood):
                 advice = "fk.likelihoods.Categorical(class_axis=1), or logits.movedim(1, -1) in the model, if classes "
                 advice += "come second"
             raise DataError(
-                call=call, got=f"labels of shape {shape_text(target)} for outputs {shape_text(raw)}",
-                expected=shape_text(z.new_empty(wanted)),
-                why="the last axis of the outputs holds the classes"
+                call, f"labels of shape {shape_text(target)} for outputs {shape_text(raw)}",
+                shape_text(z.new_empty(wanted)), why="the last axis of the outputs holds the classes"
                 if axis == raw.ndim - 1
-                else "the classes are on axis 1 of the outputs",
-                try_=advice,
+                else "the classes are on axis 1 of the outputs", try_=advice,
             )  # fmt: skip
         target = target.reshape(z.shape[:2]).long()
         mask = target != self.ignore_index
@@ -626,8 +621,8 @@ class Categorical(Likelihood):
         if wrong is not None and bool(wrong.any()):
             bad = target[wrong].unique().tolist()
             raise DataError(
-                call=call, got=f"label{'s' if len(bad) > 1 else ''} {listed(map(str, bad))}",
-                expected=f"0 to {c - 1}, or ignore_index = {self.ignore_index}",
+                call, f"label{'s' if len(bad) > 1 else ''} {listed(map(str, bad))}",
+                f"0 to {c - 1}, or ignore_index = {self.ignore_index}",
                 why=f"the outputs {shape_text(raw)} have {c} classes on axis {self.class_axis}",
                 try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'",
             )  # fmt: skip
@@ -638,7 +633,7 @@ class Categorical(Likelihood):
         # NaN fails both comparisons.
         if not bool(((q >= 0) & (q <= 1)).all()) or not bool(((q.sum(-1) - 1).abs() < 1e-2).all()):
             raise DataError(
-                call=call, got="class probabilities outside [0, 1] or of another sum than 1", expected="distributions",
+                call, "class probabilities outside [0, 1] or of another sum than 1", "distributions",
                 why=f"targets of {target.dtype} and of the outputs' shape are class probabilities",
                 try_="targets.softmax(...) if they are logits",
             )  # fmt: skip
@@ -668,7 +663,7 @@ class LogProbabilities(Categorical):
         found = super().prepare(z, target, call)
         if bool((torch.logsumexp(found[0], -1)[found[2]].abs() > 1e-2).any()):
             raise DataError(
-                call=call, got="outputs that are no log-probabilities", expected="a model that ends in log_softmax",
+                call, "outputs that are no log-probabilities", "a model that ends in log_softmax",
                 why="the likelihood is nn.NLLLoss", try_="nn.CrossEntropyLoss() for logits",
             )  # fmt: skip
         return found
@@ -702,17 +697,16 @@ def _numbers(call: str, name: str, value: Numbers, *, positive: bool = False) ->
         found = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise InvalidTypeError(
-            call=call, got=f"{name} of type {type(value).__name__}", expected="a number, a tensor or a list of numbers",
-            why=str(error),
-        ) from error  # fmt: skip
+            call, f"{name} of type {type(value).__name__}", "a number, a tensor or a list of numbers", why=str(error)
+        ) from error
     while found.ndim > 1 and found.shape[0] == 1:
         found = found[0]
     good = not found.is_complex() and bool((torch.isfinite(found) & (found > 0 if positive else found >= 0)).all())
     if not good or not found.numel() or found.shape[1:].numel() > 1:
         values = f" with values {setting_text(found)}" if not good else ""
         raise InvalidArgumentError(
-            call=call, got=f"{name} of shape {list(found.shape)}{values}",
-            expected=f"finite numbers {'above 0' if positive else 'from 0 on'}, one or one for each output",
+            call, f"{name} of shape {list(found.shape)}{values}",
+            f"finite numbers {'above 0' if positive else 'from 0 on'}, one or one for each output",
             why="all examples share them",
         )  # fmt: skip
     return float(found) if found.ndim == 0 else found
@@ -739,7 +733,7 @@ def _as_torch_reads(likelihood: Categorical) -> Categorical:
 def _poisson(module: Any) -> Likelihood:
     if not module.log_input:
         raise InvalidArgumentError(
-            call="likelihood", got="nn.PoissonNLLLoss(log_input=False)", expected="log_input=True",
+            "likelihood", "nn.PoissonNLLLoss(log_input=False)", "log_input=True",
             why="with rates as outputs the loss is no exponential family's in its natural parameter",
             try_="a model that returns log-rates, or a class of fk.likelihoods of your own",
         )  # fmt: skip
@@ -788,7 +782,7 @@ def resolve(likelihood: str | Likelihood | nn.Module, model: nn.Module | None = 
     found = _resolved(likelihood)
     if found.class_axis == 1 and model is not None and is_causal(model):
         raise InvalidArgumentError(
-            call="likelihood", got=f"{found.recorded}, with classes on axis 1", expected="the last axis",
+            "likelihood", f"{found.recorded}, with classes on axis 1", "the last axis",
             why="a causal language model's outputs are [B, T, V]; its own loss flattens them first",
             try_='likelihood="categorical", or fk.likelihoods.Categorical(class_axis=-1, ...) with settings',
         )  # fmt: skip
@@ -805,8 +799,8 @@ def _resolved(likelihood: str | Likelihood | nn.Module) -> Likelihood:
         make = _MODULES.get(type(likelihood))
         if make is None:
             raise InvalidTypeError(
-                call="likelihood", got=f"a {type(likelihood).__name__} as loss",
-                expected=f"one of {[f'nn.{kind.__name__}' for kind in _MODULES]}",
+                "likelihood", f"a {type(likelihood).__name__} as loss",
+                f"one of {[f'nn.{kind.__name__}' for kind in _MODULES]}",
                 why="the Hessian of other losses in the outputs is not known here",
                 try_=_ADVICE.get(type(likelihood), _OWN),
             )  # fmt: skip
@@ -816,14 +810,14 @@ def _resolved(likelihood: str | Likelihood | nn.Module) -> Likelihood:
         return found
     if not isinstance(likelihood, str):
         raise InvalidTypeError(
-            call="likelihood", got=f"the class or function {name}" if name else f"a {type(likelihood).__name__}",
-            expected=f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood",
+            "likelihood", f"the class or function {name}" if name else f"a {type(likelihood).__name__}",
+            f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood",
             try_="an object, as in nn.CrossEntropyLoss(), instead of its class or a function; for a loss of your own, "
             f"{_OWN}",
         )  # fmt: skip
     if likelihood not in _NAMED:
         raise InvalidArgumentError(
-            call="likelihood", got=repr(likelihood), expected=f"one of {sorted(_NAMED)}",
+            "likelihood", repr(likelihood), f"one of {sorted(_NAMED)}",
             try_="an object of fk.likelihoods, or a loss module of torch's, for anything else",
         )  # fmt: skip
     named = _NAMED[likelihood]()

@@ -118,8 +118,8 @@ class ModelInputs:
         if missing or not known:
             takes = sorted(self.names or ())
             raise DataError(
-                call=call, got=f"inputs named {listed(others)}, which the model's forward pass does not take",
-                expected=f"names of its parameters: {listed(missing or takes)}",
+                call, f"inputs named {listed(others)}, which the model's forward pass does not take",
+                f"names of its parameters: {listed(missing or takes)}",
                 try_="rename the fields, ((tensor, ...), labels) for inputs by place, or ((mapping,), labels) for a "
                 "model that takes the mapping itself",
             )  # fmt: skip

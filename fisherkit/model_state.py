@@ -51,9 +51,7 @@ def parameters_hash(model: nn.Module) -> str:
     Cost: reads every value twice, on its device, and moves about a thousandth of them to the CPU.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidTypeError(
-            call="parameters_hash(model)", got=f"a {type(model).__name__}", expected="a torch.nn.Module"
-        )
+        raise InvalidTypeError("parameters_hash(model)", f"a {type(model).__name__}", "a torch.nn.Module")
     return tensors_hash({plain(name): tensor for name, tensor in _tensors(unwrapped(model)).items()})
 
 
@@ -176,8 +174,8 @@ def check_hash(state: Any, known: Any, key: str, call: str) -> None:
     if state_hash(state) != known:
         held = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise InvalidArgumentError(
-            call=call, got=f"a state of {held} that is not what state_dict() gave, by its checksum",
-            expected="one that nothing has changed since",
+            call, f"a state of {held} that is not what state_dict() gave, by its checksum",
+            "one that nothing has changed since",
             why="the file is damaged, or the state's tensors were changed in place",
             try_=f"another copy of the file; if the change is meant, take {key!r} out of the state",
         )  # fmt: skip

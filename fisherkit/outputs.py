@@ -174,7 +174,7 @@ class Outputs:
 
 def _refuse_unlabelled(why: str, advice: str) -> NoReturn:
     call = "the kind's output_vectors"
-    raise DataError(call=call, got="no targets", expected="targets", why=why, try_=advice)
+    raise DataError(call, "no targets", "targets", why=why, try_=advice)
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class OutputVectors:
                 v = torch.where(mask[:, None, :, None], v, v.new_zeros(()))
         if self.number < 1:
             advice = "a vector of zeros for units without a row"
-            raise InvalidArgumentError(call=call, got="no vector", expected="M from 1 on", why=why, try_=advice)
+            raise InvalidArgumentError(call, "no vector", "M from 1 on", why=why, try_=advice)
         if self.keep is not None:
             _check_tensor("keep", self.keep, torch.bool, (n, self.number), "n, M", call, why)
         if isinstance(self.dropped, Tensor):
@@ -261,14 +261,14 @@ def _check_tensor(
 ) -> None:  # fmt: skip
     """Refuse a part of a kind's answer that is no tensor of that dtype and shape, where None is any size."""
     if not isinstance(value, Tensor):
-        raise InvalidTypeError(call=call, got=f"a {type(value).__name__} as {name}", expected="a tensor")
+        raise InvalidTypeError(call, f"a {type(value).__name__} as {name}", "a tensor")
     sizes = ", ".join("M" if size is None else str(size) for size in shape)
     fits = value.ndim == len(shape) and all(b is None or a == b for a, b in zip(value.shape, shape, strict=True))
     if not fits or value.dtype != dtype:
         cast = "" if value.dtype == dtype else f"{name}.to({dtype})"
         raise InvalidArgumentError(
-            call=call, got=f"{name} of {value.dtype} and shape {list(value.shape)}",
-            expected=f"{dtype} and [{axes}] = [{sizes}]", why=why, try_=advice or cast,
+            call, f"{name} of {value.dtype} and shape {list(value.shape)}", f"{dtype} and [{axes}] = [{sizes}]",
+            why=why, try_=advice or cast,
         )  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def vectors_of(rule: OutputRule, outputs: Outputs, whole: bool = False) -> Outpu
     found, call = rule.output_vectors(outputs), f"{type(rule).__name__}.output_vectors"
     if not isinstance(found, OutputVectors):
         raise InvalidTypeError(
-            call=call, got=f"a {type(found).__name__}", expected="an fk.OutputVectors",
-            why="it says which of the vectors count, too", try_="fk.OutputVectors(v), v of shape [n, M, P, C]",
+            call, f"a {type(found).__name__}", "an fk.OutputVectors", why="it says which of the vectors count, too",
+            try_="fk.OutputVectors(v), v of shape [n, M, P, C]",
         )  # fmt: skip
     return found.at(outputs, call, whole)

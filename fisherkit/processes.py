@@ -40,13 +40,13 @@ class Processes:
         if group is False or not (dist.is_available() and dist.is_initialized()):
             if group not in (None, False):
                 raise InvalidTypeError(
-                    call=call, got=f"group={group!r}, and no process group is initialised",
-                    expected="a group, None or False", try_="torch.distributed.init_process_group(...) first",
+                    call, f"group={group!r}, and no process group is initialised", "a group, None or False",
+                    try_="torch.distributed.init_process_group(...) first",
                 )  # fmt: skip
             return None
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise InvalidTypeError(
-                call=call, got=f"group={group!r}", expected="a torch.distributed group that this process is in, None "
+                call, f"group={group!r}", "a torch.distributed group that this process is in, None "
                 "for the default group, or False for this process alone",
             )  # fmt: skip
         return cls(group, device) if dist.get_world_size(group) > 1 else None
@@ -110,9 +110,8 @@ class Processes:
         if failed:
             texts = [f"rank {rank}: {text}" for rank, text in failed.items()]
             raise ProcessError(
-                call=what,
-                got=f"an error in {listed(f'rank {rank}' for rank in failed)} of {self.size}; {texts[0][:2000]}",
-                expected="no error in any process", why="the result is that of all processes together",
+                what, f"an error in {listed(f'rank {rank}' for rank in failed)} of {self.size}; {texts[0][:2000]}",
+                "no error in any process", why="the result is that of all processes together",
                 try_="what that process's own error says",
             )  # fmt: skip
         return result  # type: ignore[return-value]
@@ -144,7 +143,7 @@ class Processes:
         largest, smallest, norm = bounds[: len(own)], -bounds[len(own) : -1], bounds[-1]
         if bool((largest - smallest > 1e-6 * norm).any()):
             raise ProcessError(
-                call=call, got="something else in some processes than in others", expected="the same in all of them",
+                call, "something else in some processes than in others", "the same in all of them",
                 why="each process has a part of the rows, and the answer is put together of all parts",
                 try_="the same operations with the same vectors in the same order in every process; group=False for a "
                 "Fisher of this process's data alone",
@@ -166,9 +165,8 @@ class Processes:
             if others:
                 got = "; ".join(f"rank {rank}: {text[:200]}" for rank, text in list(others.items())[:3])
                 raise ProcessError(
-                    call=call, got=f"another {name} in some processes (rank 0: {first[:200]}; {got})",
-                    expected="the same in all of them", why="they compute one thing together",
-                    try_="group=False for a result of this process alone",
+                    call, f"another {name} in some processes (rank 0: {first[:200]}; {got})", "the same in all of them",
+                    why="they compute one thing together", try_="group=False for a result of this process alone",
                 )  # fmt: skip
 
     def owners(self, costs: Mapping[K, float], load: list[float] | None = None) -> dict[K, int]:
@@ -198,13 +196,13 @@ class Processes:
             raise
         except RuntimeError as error:  # torch has no other class for all of them
             raise ProcessError(
-                call="an exchange between processes",
-                got=f"a connection that failed: {(str(error) or type(error).__name__).splitlines()[0]}",
-                expected="an answer from every process of the group",
+                "an exchange between processes",
+                f"a connection that failed: {(str(error) or type(error).__name__).splitlines()[0]}",
+                "an answer from every process of the group",
                 why=f"a process has ended, or did not come to this exchange in time; this is rank {self.rank} of "
                 f"{self.size}",
                 try_="the output of the other processes; a longer timeout= in init_process_group for slow ones",
-            ) from error
+            ) from error  # fmt: skip
 
 
 class Share:

@@ -276,12 +276,12 @@ class _File:
         header, tensors = io.read_tensors(self.path, self.known["right-hand side"].device, self.call, "a solve")
         if header.get("format") != self.FORMAT:
             got, expected = "a file of another kind, which has been left as it is", "no file yet, or one of a solve"
-            raise FileFormatError(call=self.call, got=got, expected=expected, try_="another path")
+            raise FileFormatError(self.call, got, expected, try_="another path")
         version, instead = header.get("version", ""), "another path, or delete the file"
         if version.isdecimal() and int(version) != self.VERSION:
             got, expected = f"format version {version}", f"version {self.VERSION}"
             try_ = "a newer fisherkit" if int(version) > self.VERSION else instead
-            raise FileFormatError(call=self.call, got=got, expected=expected, try_=try_)
+            raise FileFormatError(self.call, got, expected, try_=try_)
         try:
             if not version.isdecimal():
                 raise ValueError(f"version {version!r}")
@@ -292,7 +292,7 @@ class _File:
                 raise ValueError("tensors of different shapes or types")
         except (LookupError, ValueError, TypeError) as error:
             got = f"a file that cannot be read ({error})"
-            raise FileFormatError(call=self.call, got=got, expected="one written by a solve", try_=instead) from error
+            raise FileFormatError(self.call, got, "one written by a solve", try_=instead) from error
         return tensors, settings, numbers
 
     def _compare(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -304,8 +304,7 @@ class _File:
 
     def _other(self, got: str, expected: str) -> InvalidArgumentError:
         return InvalidArgumentError(
-            call=self.call, got=f"the file of another solve, {got}",
-            expected=f"no file yet, or that of a solve with {expected}",
+            self.call, f"the file of another solve, {got}", f"no file yet, or that of a solve with {expected}",
             why="going on from there would mix two problems; the file has been left as it is",
             try_="another path, or delete the file if that solve is no longer wanted",
         )  # fmt: skip
@@ -326,7 +325,7 @@ def _check_arguments(rhs: Tensor, damping: float, tolerance: float, max_steps: i
     """Raise for arguments that would end as NaN or as a wrong answer."""
 
     def refuse(argument: str, got: str, expected: str, try_: str = "") -> InvalidArgumentError:
-        return InvalidArgumentError(call=f"conjugate_gradient({argument})", got=got, expected=expected, try_=try_)
+        return InvalidArgumentError(f"conjugate_gradient({argument})", got, expected, try_=try_)
 
     if rhs.ndim != 2 or rhs.numel() == 0:
         raise refuse("rhs", f"shape {list(rhs.shape)}", "a non-empty [D, K]", "rhs.unsqueeze(1) for one column")
@@ -338,8 +337,8 @@ def _check_arguments(rhs: Tensor, damping: float, tolerance: float, max_steps: i
         raise refuse(f"max_steps={max_steps}", str(max_steps), "an integer >= 1")
     if count := int((~torch.isfinite(rhs)).sum()):
         raise NonFiniteError(
-            call="conjugate_gradient(rhs)", got=f"{count} NaN or infinite of {rhs.numel()} entries",
-            expected="finite numbers", try_="check the loss or gradient that it came from",
+            "conjugate_gradient(rhs)", f"{count} NaN or infinite of {rhs.numel()} entries", "finite numbers",
+            try_="check the loss or gradient that it came from",
         )  # fmt: skip
 
 

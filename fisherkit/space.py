@@ -79,8 +79,7 @@ class ParameterSpace:
             odd = sorted({type(name).__name__ for name in wanted if not isinstance(name, str)})
             if odd:
                 raise InvalidTypeError(
-                    call="params", got=f"params of type {odd[0]}",
-                    expected="names, or a predicate (name, parameter) -> bool",
+                    "params", f"params of type {odd[0]}", "names, or a predicate (name, parameter) -> bool",
                     try_="[name for name, _ in model.named_parameters() if ...]",
                 )  # fmt: skip
             wanted = [name for one in wanted for name in _matching(one, available)]
@@ -88,8 +87,8 @@ class ParameterSpace:
             if unknown:
                 inside = next((n for n in unknown if any(other.startswith(f"{n}.") for other in available)), None)
                 raise UnknownParameterError(
-                    call="params", got=f"unknown parameter names {unknown}",
-                    expected=f"some of {list(available)[:8]}{' …' if len(available) > 8 else ''}",
+                    "params", f"unknown parameter names {unknown}",
+                    f"some of {list(available)[:8]}{' …' if len(available) > 8 else ''}",
                     why="a tied parameter has only the name of the first module that holds it",
                     try_=(f'"{inside}.*" for all of that module; ' if inside else "")
                     + "dict(model.named_parameters()) lists the names",
@@ -97,8 +96,8 @@ class ParameterSpace:
             chosen = [name for name in available if name in set(wanted)]
         if not chosen:
             raise InvalidArgumentError(
-                call="params", got="no parameter" + (" that requires grad" if params is None else ""),
-                expected="at least one", why=f"the model has {len(available)} parameters and none was chosen",
+                "params", "no parameter" + (" that requires grad" if params is None else ""), "at least one",
+                why=f"the model has {len(available)} parameters and none was chosen",
                 try_="pass params=lambda name, parameter: True, or call requires_grad_(True) on what you want"
                 if available
                 else "",
@@ -106,16 +105,15 @@ class ParameterSpace:
         lazy = [name for name in chosen if is_lazy(available[name])]
         if lazy:
             raise ModelError(
-                call="params", got=f"parameters that have no values yet: {lazy[:4]}",
-                expected="a model that has been called",
+                "params", f"parameters that have no values yet: {lazy[:4]}", "a model that has been called",
                 why="lazy modules make their parameters in their first forward pass",
                 try_="model(x) once, under torch.no_grad(), before",
             )  # fmt: skip
         odd = [name for name in chosen if not available[name].is_floating_point()]
         if odd:
             raise InvalidArgumentError(
-                call="params", got=f"parameters {odd} that are not floating point",
-                expected="real floating-point parameters", try_="leave them out with params=",
+                "params", f"parameters {odd} that are not floating point", "real floating-point parameters",
+                try_="leave them out with params=",
             )  # fmt: skip
         return cls(tuple(chosen), tuple(tuple(available[name].shape) for name in chosen))
 
@@ -228,19 +226,18 @@ class ParameterSpace:
         missing, extra = set(self.names) - set(tensors), set(tensors) - set(self.names)
         if missing or extra:
             raise UnknownParameterError(
-                call="space.flatten",
-                got=f"a dict with missing names {sorted(missing)} and unknown names {sorted(extra)}",
-                expected=f"exactly the {len(self.names)} names of space.names",
+                "space.flatten", f"a dict with missing names {sorted(missing)} and unknown names {sorted(extra)}",
+                f"exactly the {len(self.names)} names of space.names",
                 try_="{name: ... for name in fisher.space.names}",
-            )
+            )  # fmt: skip
         self._check_alike(tensors)
         columns = {tensors[n].shape[len(s) :] for n, s in zip(self.names, self.shapes, strict=True)}
         for name, shape in zip(self.names, self.shapes, strict=True):
             got = tuple(tensors[name].shape)
             if got[: len(shape)] != shape or len(got) > len(shape) + 1 or len(columns) > 1:
                 raise InvalidArgumentError(
-                    call="space.flatten", got=f"shape {list(got)} for {name!r}",
-                    expected=f"{list(shape)}, or {[*shape, 'K']} with one K for all names",
+                    "space.flatten", f"shape {list(got)} for {name!r}",
+                    f"{list(shape)}, or {[*shape, 'K']} with one K for all names",
                 )  # fmt: skip
         tail = next(iter(columns))
         return torch.cat(
@@ -281,24 +278,23 @@ class ParameterSpace:
             flat = vector
         else:
             raise InvalidTypeError(
-                call=call, got=f"a {type(vector).__name__}", expected="a tensor [D] or [D, K], or a dict",
+                call, f"a {type(vector).__name__}", "a tensor [D] or [D, K], or a dict",
                 try_="torch.as_tensor, or fisher.space.flatten(dict)",
             )  # fmt: skip
         if flat.dtype in HALF and dtype == torch.float32:
             flat = flat.to(dtype)  # exact; the Fisher of a model in half precision is in float32
         if flat.dtype != dtype:
             raise InvalidTypeError(
-                call=call, got=f"a vector of {flat.dtype}", expected=f"{dtype}, the operator's",
-                why="nothing is cast silently", try_=f"v.to({dtype})",
+                call, f"a vector of {flat.dtype}", f"{dtype}, the operator's", why="nothing is cast silently",
+                try_=f"v.to({dtype})",
             )  # fmt: skip
         if flat.device != device:
             raise InvalidArgumentError(
-                call=call, got=f"a vector on {flat.device}", expected=f"{device}, the operator's",
-                try_=f'v.to("{device}")',
-            )  # fmt: skip
+                call, f"a vector on {flat.device}", f"{device}, the operator's", try_=f'v.to("{device}")'
+            )
         if not all_finite(flat):
             raise NonFiniteError(
-                call=call, got="a vector with NaN or infinite entries", expected="finite numbers",
+                call, "a vector with NaN or infinite entries", "finite numbers",
                 try_="torch.isfinite(v).all() before the call",
             )  # fmt: skip
         is_dict, is_single = isinstance(vector, Mapping), flat.ndim == 1
@@ -314,20 +310,20 @@ class ParameterSpace:
         for name in self.names:
             if not isinstance(tensors[name], Tensor):
                 got = f"a {type(tensors[name]).__name__} for {name!r}"
-                raise InvalidTypeError(call=call, got=got, expected="a tensor", try_="torch.as_tensor")
+                raise InvalidTypeError(call, got, "a tensor", try_="torch.as_tensor")
         dtypes = sorted({str(tensors[name].dtype) for name in self.names})
         if len(dtypes) > 1:
             why = "nothing is cast silently"
-            raise InvalidTypeError(call=call, got=f"tensors of {dtypes}", expected="one dtype", why=why)
+            raise InvalidTypeError(call, f"tensors of {dtypes}", "one dtype", why=why)
         devices = sorted({str(tensors[name].device) for name in self.names})
         if len(devices) > 1:
             why = "nothing is moved silently"
-            raise InvalidArgumentError(call=call, got=f"tensors of {devices}", expected="one device", why=why)
+            raise InvalidArgumentError(call, f"tensors of {devices}", "one device", why=why)
 
     def _check_flat(self, vector: Tensor, call: str) -> None:
         if vector.ndim not in (1, 2) or vector.shape[0] != self.size:
             raise InvalidArgumentError(
-                call=call, got=f"shape {list(vector.shape)}", expected=f"[D] or [D, K] with D = {self.size:,}",
+                call, f"shape {list(vector.shape)}", f"[D] or [D, K] with D = {self.size:,}",
                 why="vectors over parameters are flat, columns last",
                 try_="fisher.space.flatten(dict of named tensors)",
             )  # fmt: skip

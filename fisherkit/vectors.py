@@ -69,9 +69,9 @@ class SampledVectors(OutputRule):
         call = "SampledFisher"
         for name, value in (("draws", draws), ("seed", seed)):
             if not is_integer(value):
-                raise InvalidTypeError(call=call, got=f"{name} of type {type(value).__name__}", expected="an integer")
+                raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", "an integer")
         if draws < 1:
-            raise InvalidArgumentError(call=call, got=f"draws={draws}", expected="1 or more")
+            raise InvalidArgumentError(call, f"draws={draws}", "1 or more")
         self.draws, self.seed = draws, seed
 
     def with_seed(self, seed: int) -> SampledVectors:
@@ -133,12 +133,12 @@ class TruncatedVectors(OutputRule):
     def __init__(self, rank: int | None = None, tolerance: float | None = None) -> None:
         call = "TruncatedFisher"
         if rank is not None and tolerance is not None:
-            raise InvalidArgumentError(call=call, got=f"rank={rank} and tolerance={tolerance}", expected="one of them")
+            raise InvalidArgumentError(call, f"rank={rank} and tolerance={tolerance}", "one of them")
         check_positive(call, "rank", rank)
         if tolerance is not None and not is_number(tolerance):
-            raise InvalidTypeError(call=call, got=f"tolerance of type {type(tolerance).__name__}", expected="a number")
+            raise InvalidTypeError(call, f"tolerance of type {type(tolerance).__name__}", "a number")
         if tolerance is not None and not 0 <= tolerance < 1:
-            raise InvalidArgumentError(call=call, got=f"tolerance={tolerance}", expected="a number from 0 to below 1")
+            raise InvalidArgumentError(call, f"tolerance={tolerance}", "a number from 0 to below 1")
         self.rank = 2 if rank is None and tolerance is None else rank
         self.tolerance = None if tolerance is None else float(tolerance)
 
@@ -188,43 +188,38 @@ def rule_of(
     options = options or {}
     if isinstance(kind, OutputRule):
         if options:
-            raise InvalidArgumentError(call=call, got=f"options {sorted(options)} beside a rule", expected="none")
+            raise InvalidArgumentError(call, f"options {sorted(options)} beside a rule", "none")
         return kind
 
     def expected() -> str:
         return f"one of {[*also, *spellings()]}"
 
     if not isinstance(kind, str):
-        raise InvalidTypeError(
-            call=call, got=f"a kind of type {type(kind).__name__}", expected=f"{expected()}, or an fk.OutputRule"
-        )
+        raise InvalidTypeError(call, f"a kind of type {type(kind).__name__}", f"{expected()}, or an fk.OutputRule")
     name, colon, setting = kind.partition(":")
     if name not in RULES:
-        raise InvalidArgumentError(
-            call=call, got=f"kind={kind!r}", expected=expected(), why=f"there is no kind {name!r}"
-        )
+        raise InvalidArgumentError(call, f"kind={kind!r}", expected(), why=f"there is no kind {name!r}")
     try:
         written = RULES[name].options_of(setting) if colon else {}
     except ValueError as error:
-        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected(), why=str(error)) from error
+        raise InvalidArgumentError(call, f"kind={kind!r}", expected(), why=str(error)) from error
     possible = list(signature(RULES[name]).parameters) if options else []
     if unknown := [option for option in options if option not in possible]:
         named = " and ".join(f"{option}=" for option in unknown)
         own = " and ".join(f"{option}=" for option in possible) or "none"
         raise InvalidArgumentError(
-            call=call, got=f"an argument {named} that it does not have",
-            expected=f"its own, and those of kind={kind!r}: {own}",
+            call, f"an argument {named} that it does not have", f"its own, and those of kind={kind!r}: {own}",
             try_=f"help(fk.optim.{call})",
         )  # fmt: skip
     if twice := [option for option in options if option in written]:
-        raise InvalidArgumentError(call=call, got=f"kind={kind!r} and {twice[0]}=", expected="one of them")
+        raise InvalidArgumentError(call, f"kind={kind!r} and {twice[0]}=", "one of them")
     try:
         return RULES[name](**written, **options)
     except (InvalidArgumentError, InvalidTypeError) as error:
         if not written:
             raise
         why = f"the setting is {error.got}, not {error.expected}"
-        raise InvalidArgumentError(call=call, got=f"kind={kind!r}", expected=expected(), why=why) from error
+        raise InvalidArgumentError(call, f"kind={kind!r}", expected(), why=why) from error
 
 
 def spelled(metadata: Mapping[str, str]) -> str:

@@ -105,7 +105,7 @@ def with_full_weights(model: nn.Module) -> nn.Module:
         placements: Any = getattr(parameter, "placements", ())
         if len(placements) > 1 and not placements[0].is_replicate():
             raise ModelError(
-                call="fully_shard", got=f"{name!r} with the placements {placements}", expected="shards of data "
+                "fully_shard", f"{name!r} with the placements {placements}", "shards of data "
                 "parallelism alone", why="a layer of tensor parallelism does not compute with whole weights",
                 try_="a model of the full weights, without tensor parallelism",
             )  # fmt: skip
@@ -119,7 +119,7 @@ def with_full_weights(model: nn.Module) -> nn.Module:
         found: nn.Module = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(
-            call="fully_shard", got=f"a module that cannot be copied ({error})", expected="one that can",
+            "fully_shard", f"a module that cannot be copied ({error})", "one that can",
             why="a Fisher is measured on a copy of the model with all weights",
             try_="attributes that can be copied, or a model of the full weights",
         ) from error  # fmt: skip
@@ -136,8 +136,8 @@ def in_its_precision(model: nn.Module) -> nn.Module:
     dtypes = {module._get_fsdp_state()._mp_policy.param_dtype for module in _sharded_modules(model)}
     if len(dtypes) > 1:
         raise ModelError(
-            call="fully_shard", got=f"MixedPrecisionPolicy with param_dtype of {sorted(map(str, dtypes))}",
-            expected="the same for all modules", why="a copy of the model with all weights does not cast between them",
+            "fully_shard", f"MixedPrecisionPolicy with param_dtype of {sorted(map(str, dtypes))}",
+            "the same for all modules", why="a copy of the model with all weights does not cast between them",
             try_="one mp_policy for all calls of fully_shard",
         )  # fmt: skip
     for dtype in dtypes - {None}:

@@ -303,7 +303,7 @@ def read_blocks(folder: str | Path, fisher: FisherOperator, damping: float) -> F
     manifest = _manifest(path)
     if not manifest["blocks"]:
         raise InvalidArgumentError(
-            call="read(folder)", got=f"{path}, whose rows are not finished", expected="those of a prepare that ended",
+            "read(folder)", f"{path}, whose rows are not finished", "those of a prepare that ended",
             try_="prepare(train, folder=...) again, which goes on from what is there",
         )  # fmt: skip
     known, basis = manifest["settings"].get("compress"), None
@@ -381,7 +381,7 @@ def _block(path: Path, space: ParameterSpace, units: str, tensors: dict[str, Ten
 
 def _damaged(path: Path, reason: str) -> FileFormatError:
     return FileFormatError(
-        call=CALL, got=f"{path.name}, which is missing or damaged ({reason})", expected="a block as it was written",
+        CALL, f"{path.name}, which is missing or damaged ({reason})", "a block as it was written",
         try_=f"prepare(train, folder={str(path.parent)!r}) again, which makes such blocks anew",
     )  # fmt: skip
 
@@ -410,13 +410,11 @@ def _there(path: Path, source: LimitedSource, device: torch.device, first: int) 
 
 def _make_folder(path: Path) -> None:
     if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
-        raise InvalidArgumentError(call=CALL, got=str(path), expected="a folder, or a new one in a folder that exists")
+        raise InvalidArgumentError(CALL, str(path), "a folder, or a new one in a folder that exists")
     path.mkdir(exist_ok=True)
     others = (other.name for other in path.iterdir() if not other.name.endswith(".part"))  # of a killed run
     if not (path / MANIFEST).exists() and any(name != FILE for name in others):
-        raise InvalidArgumentError(
-            call=CALL, got=f"{path}, which holds other files", expected="an empty folder, or one of prepared rows"
-        )
+        raise InvalidArgumentError(CALL, f"{path}, which holds other files", "an empty folder, or one of prepared rows")
 
 
 def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
@@ -444,8 +442,8 @@ def _refuse_elsewhere(path: Path, manifest: dict[str, Any]) -> None:
             time.sleep(0.05)
             continue
         raise InvalidArgumentError(
-            call=CALL, got=f"{path}, which is not where the first process has begun",
-            expected="one folder for all processes", why="each writes its part of the rows there",
+            CALL, f"{path}, which is not where the first process has begun", "one folder for all processes",
+            why="each writes its part of the rows there",
             try_="the same folder in all of them, on a disk that all see; group=False for rows of this process alone",
         )  # fmt: skip
 
@@ -471,13 +469,12 @@ def _manifest(path: Path) -> dict[str, Any]:
         int(manifest["limit"])
     except (OSError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise FileFormatError(
-            call=CALL, got=f"a manifest that cannot be read ({error}) in {path}", expected="that of prepared rows",
-            try_=advice,
-        ) from error  # fmt: skip
+            CALL, f"a manifest that cannot be read ({error}) in {path}", "that of prepared rows", try_=advice
+        ) from error
     if manifest.get("format") != FORMAT or version != VERSION:
         raise FileFormatError(
-            call=CALL, got=f"a manifest of format {manifest.get('format')!r}, version {version} in {path}",
-            expected=f"{FORMAT!r}, version {VERSION}", try_=advice,
+            CALL, f"a manifest of format {manifest.get('format')!r}, version {version} in {path}",
+            f"{FORMAT!r}, version {VERSION}", try_=advice,
         )  # fmt: skip
     return manifest
 
@@ -488,8 +485,8 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 def _other(path: Path, got: str) -> InvalidArgumentError:
     return InvalidArgumentError(
-        call=CALL, got=f"{got} in {path}, which has been left as it is",
-        expected="no rows yet, or those of the same model and data, in the same batches",
+        CALL, f"{got} in {path}, which has been left as it is",
+        "no rows yet, or those of the same model and data, in the same batches",
         try_="the same batches, another folder, or delete this one",
     )  # fmt: skip
 

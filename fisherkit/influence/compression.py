@@ -192,8 +192,8 @@ class Basis:
         home = {name: block for block, _ in found for name in block.space.names}
         if not found or any(len({home.get(name) for name in slot.names}) > 1 for slot in probe.slots):
             raise InvalidArgumentError(
-                call=CALL, got="a Fisher without Kronecker factors" if not found else "layers that share parameters",
-                expected="one of layers with eigenvectors of their own, that rows are taken into",
+                CALL, "a Fisher without Kronecker factors" if not found else "layers that share parameters",
+                "one of layers with eigenvectors of their own, that rows are taken into",
                 try_=f'structure="kfac" or "ekfac"; {"shard=False; " * fisher.is_sharded}or whole rows, no compress=',
             )  # fmt: skip
         positions = {s.names[0]: s.rows.positions for s in probe.slots if isinstance(s.rows, FactoredRows)}
@@ -214,8 +214,8 @@ class Basis:
             self.check()
         except (LookupError, ValueError) as error:
             raise InvalidArgumentError(
-                call=CALL, got=f"another Fisher or damping than in the first process ({error})",
-                expected="the same in all of them", why="they compress rows alike",
+                CALL, f"another Fisher or damping than in the first process ({error})", "the same in all of them",
+                why="they compress rows alike",
                 try_="a Fisher that all build together, or load from one file, or group=False",
             ) from error  # fmt: skip
 
@@ -279,8 +279,7 @@ class Basis:
             return basis
         except (LookupError, ValueError, TypeError, RuntimeError) as error:
             raise FileFormatError(
-                call=CALL, got=f"{path}, which does not fit this Fisher ({error})",
-                expected="the eigenvectors that prepare wrote for it",
+                CALL, f"{path}, which does not fit this Fisher ({error})", "the eigenvectors that prepare wrote for it",
                 try_="the Fisher that the rows were prepared with; another folder, or delete this one",
             ) from error  # fmt: skip
 
@@ -295,14 +294,14 @@ def check_compress(compress: object, *, token: bool) -> None:
     """A count from 1 on, or a share up to 1; not of rows by token."""
     if token:
         raise InvalidArgumentError(
-            call=CALL, got='by="token" with compress=', expected="either of them",
+            CALL, 'by="token" with compress=', "either of them",
             why="a position's row is two vectors of a layer, which is little already",
         )  # fmt: skip
     if is_integer(compress):
         check_count(CALL, "compress", compress)
     else:
         if check_number(CALL, "compress", compress, most=1) == 0:
-            raise InvalidArgumentError(call=CALL, got="compress=0.0", expected="a share above 0, or a count from 1 on")
+            raise InvalidArgumentError(CALL, "compress=0.0", "a share above 0, or a count from 1 on")
 
 
 # -- the error ---------------------------------------------------------------------------------------------------------
@@ -319,8 +318,7 @@ def measured(inverse: Factorization, basis: Basis, sample: Rows, queries: Rows |
     asked, pairs = sample if queries is None else queries, []
     if sample.count < 2 or not asked.count:
         raise InvalidArgumentError(
-            call=CALL, got="fewer than two examples with a label that counts",
-            expected="some, on which the error is measured",
+            CALL, "fewer than two examples with a label that counts", "some, on which the error is measured",
             try_="more training examples with labels, queries= of another set, or whole rows",
         )  # fmt: skip
     short = basis.turned(sample)
@@ -362,8 +360,7 @@ def refuse_error(found: Compression, most: float | None) -> None:
     """Raise where scores are farther off than they may be."""
     if most is not None and found.error > most:
         raise InvalidArgumentError(
-            call=CALL, got=f"scores off by {found.error:.3g} with compress={found.compress!r}",
-            expected=f"at most most_error={most:g}",
+            CALL, f"scores off by {found.error:.3g} with compress={found.compress!r}", f"at most most_error={most:g}",
             why=f"{100 * found.captured:.3g}% of the rows' square in (F + λI)⁻¹ is kept, "
             f"{found.bytes:,} of {found.whole_bytes:,} bytes an example",
             try_="a larger share or rank, a larger damping, or whole rows, without compress=",

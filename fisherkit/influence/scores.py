@@ -166,7 +166,7 @@ class InfluenceScores:
         check_choice("prepare", "by", by, (None, "token"))
         if compress is None and (most_error is not None or queries is not None):
             raise InvalidArgumentError(
-                call="prepare", got="most_error or queries without compress", expected="compress=",
+                "prepare", "most_error or queries without compress", "compress=",
                 why="whole rows have no error that could be measured", try_="compress=0.9, or leave them out",
             )  # fmt: skip
         if most_error is not None:
@@ -344,7 +344,7 @@ class InfluenceScores:
                 harmful = _first(k, harmful, pieces[""], seen, largest=False)
                 seen += pieces[""].shape[1]
             if seen < k:
-                raise InvalidArgumentError(call=call, got=f"{seen} training examples", expected=f"at least k = {k}")
+                raise InvalidArgumentError(call, f"{seen} training examples", f"at least k = {k}")
             tops.append((*helpful, *harmful))
         scores = TopScores(*(torch.cat(parts) for parts in zip(*tops, strict=True)))
         _finite(scores.helpful, call)  # NaN comes first among the largest
@@ -377,15 +377,14 @@ class InfluenceScores:
         call = "approximate_scores"
         if not isinstance(approximation, LowRankQueries):
             raise InvalidTypeError(
-                call=call, got=f"a {type(approximation).__name__} as approximation",
-                expected="fk.influence.LowRankQueries(rank)",
-            )  # fmt: skip
+                call, f"a {type(approximation).__name__} as approximation", "fk.influence.LowRankQueries(rank)"
+            )
         check_count(call, "checked", checked)
         self._model_rows.begin()
         blocks = self._training(train, token=False)
         if blocks.basis is not None:
             raise InvalidArgumentError(
-                call=call, got="compressed rows", expected="whole ones", why="its error is that of one approximation",
+                call, "compressed rows", "whole ones", why="its error is that of one approximation",
                 try_="scores(queries, train), whose error compressed rows have told",
             )  # fmt: skip
         sample = self._model_rows.sample(blocks, max(1, blocks.count() // checked))
@@ -453,21 +452,21 @@ class InfluenceScores:
         changed = [name for name in own if train.settings.get(name) != own[name]]
         if changed == ["token"]:
             raise InvalidArgumentError(
-                call="scores(train)", got=f"rows prepared with by={None if token else 'token'!r}",
-                expected=f"by={'token' if token else None!r}",
+                "scores(train)", f"rows prepared with by={None if token else 'token'!r}",
+                f"by={'token' if token else None!r}",
                 try_='prepare(train, by="token") for scores by token, prepare(train) for all others',
             )  # fmt: skip
         if changed:
             raise InvalidArgumentError(
-                call="scores(train)", got=f"rows prepared with another {', '.join(changed)}",
-                expected="rows of this model, over the Fisher's parameters, of the same loss",
+                "scores(train)", f"rows prepared with another {', '.join(changed)}",
+                "rows of this model, over the Fisher's parameters, of the same loss",
                 why="∇ℓ and F must be taken at one point", try_="prepare(train) of this InfluenceScores",
             )  # fmt: skip
         basis = train.basis
         if basis is not None and (basis.fisher is not self._model_rows.fisher or basis.damping != self.damping):
             raise InvalidArgumentError(
-                call="scores(train)", got="rows that were compressed for another Fisher or damping",
-                expected="those of this InfluenceScores", why="the eigenvectors are the Fisher's, with its inverse",
+                "scores(train)", "rows that were compressed for another Fisher or damping",
+                "those of this InfluenceScores", why="the eigenvectors are the Fisher's, with its inverse",
                 try_="read(folder) or prepare(train, compress=...) of this InfluenceScores",
             )  # fmt: skip
         return train
@@ -536,10 +535,9 @@ def _finite(scores: Tensor, call: str) -> Tensor:
     """The scores, if they are finite: rows of live data are, whatever a Fisher or prepared rows bring."""
     if not all_finite(scores):
         raise NonFiniteError(
-            call=call, got="scores with NaN or infinite entries", expected="finite ones",
+            call, "scores with NaN or infinite entries", "finite ones",
             why="rows of live data have been checked, so they come of the Fisher's inverse, of prepared rows, or of "
-            "numbers too large for their dtype",
-            try_="the Fisher's trace(), rows prepared anew, or a larger damping",
+            "numbers too large for their dtype", try_="the Fisher's trace(), rows prepared anew, or a larger damping",
         )  # fmt: skip
     return scores
 
@@ -562,28 +560,27 @@ def _check_options(by: Any, groups: Any, normalize: Any) -> None:
     """Refuse what is not allowed and what does not go together."""
     call = "scores"
     if groups is not None and not isinstance(groups, Tensor):
-        raise InvalidTypeError(call=call, got=f"a {type(groups).__name__} as groups", expected="a tensor of integers")
+        raise InvalidTypeError(call, f"a {type(groups).__name__} as groups", "a tensor of integers")
     if groups is not None and (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool):
-        raise InvalidTypeError(call=call, got=f"groups of {groups.dtype}", expected="a tensor of integers")
+        raise InvalidTypeError(call, f"groups of {groups.dtype}", "a tensor of integers")
     if groups is not None and groups.numel() and int(groups.long().min()) < 0:
-        raise InvalidArgumentError(call=call, got=f"group {int(groups.long().min())}", expected="0 or more")
+        raise InvalidArgumentError(call, f"group {int(groups.long().min())}", "0 or more")
     if groups is not None and groups.numel() and int(groups.long().max()) >= max(MANY, groups.numel()):
         raise InvalidArgumentError(
-            call=call, got=f"group {int(groups.long().max()):,} of {groups.numel():,} examples",
-            expected="numbers from 0 on, without large gaps",
-            why="there is a column of scores for every number up to it",
+            call, f"group {int(groups.long().max()):,} of {groups.numel():,} examples",
+            "numbers from 0 on, without large gaps", why="there is a column of scores for every number up to it",
             try_="ids, groups = torch.unique(groups, return_inverse=True), and ids[j] is group j",
         )  # fmt: skip
     check_choice(call, "by", by, (None, "module", "token"))
     check_choice(call, "normalize", normalize, (None, "relatif"))
     if by == "token" and (groups is not None or normalize is not None):
         raise InvalidArgumentError(
-            call=call, got='by="token" with groups= or normalize=', expected="either of them",
-            why="both are about whole examples", try_='scores(..., by="token") and sums over it',
+            call, 'by="token" with groups= or normalize=', "either of them", why="both are about whole examples",
+            try_='scores(..., by="token") and sums over it',
         )  # fmt: skip
     if groups is not None and normalize is not None:
         raise InvalidArgumentError(
-            call=call, got=f"groups with normalize={normalize!r}", expected="either of them",
+            call, f"groups with normalize={normalize!r}", "either of them",
             why="RelatIF is relative to one example's own influence",
         )  # fmt: skip
 
@@ -613,8 +610,8 @@ def _check_group_count(groups: Tensor, examples: int) -> None:
     """One group for each example."""
     if groups.shape != (examples,):
         raise InvalidArgumentError(
-            call="scores(groups)", got=f"groups of shape {list(groups.shape)} for {examples} training examples",
-            expected="one number for each",
+            "scores(groups)", f"groups of shape {list(groups.shape)} for {examples} training examples",
+            "one number for each",
         )  # fmt: skip
 
 

@@ -203,9 +203,8 @@ class FisherOperator(ABC):
     def _checked_count(self, k: int, operation: str) -> int:
         if not is_integer(k) or not 1 <= k <= self.size:
             raise InvalidArgumentError(
-                call=f"{self._name}.{operation}(k={k})", got=f"k = {k}",
-                expected=f"an integer from 1 to D = {self.size:,}",
-            )  # fmt: skip
+                f"{self._name}.{operation}(k={k})", f"k = {k}", f"an integer from 1 to D = {self.size:,}"
+            )
         return k
 
     @final
@@ -342,10 +341,10 @@ class FisherOperator(ABC):
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
         if not is_number(scale):
-            raise InvalidTypeError(call=f"{self._name} * scale", got=f"a {type(scale).__name__}", expected="a number")
+            raise InvalidTypeError(f"{self._name} * scale", f"a {type(scale).__name__}", "a number")
         if not 0 <= scale < float("inf"):
             raise InvalidArgumentError(
-                call=f"{self._name} * {scale}", got=f"scale {scale}", expected="a finite number, 0 or more",
+                f"{self._name} * {scale}", f"scale {scale}", "a finite number, 0 or more",
                 why="operators form a cone: a negative multiple is not positive semi-definite",
             )  # fmt: skip
         result = self._scaled(float(scale))
@@ -359,14 +358,14 @@ class FisherOperator(ABC):
     def __truediv__(self, divisor: float) -> FisherOperator:
         """F / divisor."""
         if divisor == 0:
-            raise InvalidArgumentError(call=f"{self._name} / 0", got="divisor 0", expected="a positive number")
+            raise InvalidArgumentError(f"{self._name} / 0", "divisor 0", "a positive number")
         return self * (1 / divisor)
 
     @final
     def __radd__(self, other: int) -> FisherOperator:
         """0 + F, so that ``sum(fishers)`` works."""
         if other != 0 or not is_integer(other):
-            raise InvalidTypeError(call=f"other + {self._name}", got=repr(other), expected="a FisherOperator")
+            raise InvalidTypeError(f"other + {self._name}", repr(other), "a FisherOperator")
         return self
 
     @final
@@ -377,9 +376,7 @@ class FisherOperator(ABC):
         from fisherkit.operators.composite import add
 
         if not isinstance(other, FisherOperator):
-            raise InvalidTypeError(
-                call=f"{self._name} + other", got=f"a {type(other).__name__}", expected="a FisherOperator"
-            )
+            raise InvalidTypeError(f"{self._name} + other", f"a {type(other).__name__}", "a FisherOperator")
         result = add(self, other)
         own = ("examples", "rows")  # numbers of each term, and not of the sum where they are equal
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v and k not in own}
@@ -438,7 +435,7 @@ class FisherOperator(ABC):
     def _from_state(cls, space: ParameterSpace, state: io.State) -> FisherOperator:
         """The operator that `_state` described; every structure with a `tag` supplies it."""
         raise FileFormatError(
-            call="load", got=f"an operator with the tag {state.kind!r}", expected="one that can be loaded",
+            "load", f"an operator with the tag {state.kind!r}", "one that can be loaded",
             why=f"{cls.__name__} does not define _from_state",
         )  # fmt: skip
 
@@ -639,8 +636,8 @@ class FisherOperator(ABC):
 
     def _no_closed_form(self, operation: str, why: str, try_: str) -> NoClosedFormError:
         return NoClosedFormError(
-            call=f"{self._name}.{operation}", got=f"a {self._name} over D = {self.space.size:,} parameters",
-            expected="a structure with a closed form", why=why, try_=try_,
+            f"{self._name}.{operation}", f"a {self._name} over D = {self.space.size:,} parameters",
+            "a structure with a closed form", why=why, try_=try_,
         )  # fmt: skip
 
     @property

@@ -311,8 +311,8 @@ def _factorize_block(block: FisherOperator, damping: float, tolerance: float, ma
         return block._factorize(damping, tolerance, max_steps)
     except SingularMatrixError as error:
         raise SingularMatrixError(
-            call=f"BlockDiagonalOperator.factorize(damping={damping})",
-            got=f"a singular block over {list(block.space.names)}", expected="positive definite blocks", why=str(error),
+            f"BlockDiagonalOperator.factorize(damping={damping})", f"a singular block over {list(block.space.names)}",
+            "positive definite blocks", why=str(error),
         ) from error  # fmt: skip
 
 
@@ -321,27 +321,27 @@ def _check_partition(space: ParameterSpace, blocks: Sequence[Any]) -> None:
     call = "BlockDiagonalOperator(blocks)"
     strangers = [type(block).__name__ for block in blocks if not isinstance(block, FisherOperator)]
     if strangers:
-        raise InvalidTypeError(call=call, got=f"blocks of type {sorted(set(strangers))}", expected="FisherOperators")
+        raise InvalidTypeError(call, f"blocks of type {sorted(set(strangers))}", "FisherOperators")
     covered = [name for block in blocks for name in block.space.names]
     missing, unknown = sorted(set(space.names) - set(covered)), sorted(set(covered) - set(space.names))
     twice = sorted({name for name in covered if covered.count(name) > 1})
     if missing or unknown or twice:
         raise InvalidArgumentError(
-            call=call, got=f"blocks that leave out {missing}, add {unknown} and repeat {twice}",
-            expected=f"each of the {len(space.names)} names of the space in one block",
+            call, f"blocks that leave out {missing}, add {unknown} and repeat {twice}",
+            f"each of the {len(space.names)} names of the space in one block",
             try_="space.restrict(names) for each of space.blocks.values()",
         )  # fmt: skip
     odd = [block.space.names for block in blocks if block.space != space.restrict(block.space.names)]
     if odd:
         raise InvalidArgumentError(
-            call=call, got=f"a block over {list(odd[0])} whose shapes or order are not the space's",
-            expected="the same shapes and order as in the space", try_="space.restrict(names)",
+            call, f"a block over {list(odd[0])} whose shapes or order are not the space's",
+            "the same shapes and order as in the space", try_="space.restrict(names)",
         )  # fmt: skip
     if len({block.dtype for block in blocks}) > 1:
-        raise InvalidTypeError(call=call, got=f"blocks of {[block.dtype for block in blocks]}", expected="one dtype")
+        raise InvalidTypeError(call, f"blocks of {[block.dtype for block in blocks]}", "one dtype")
     if len({block.device for block in blocks}) > 1:
         devices = [str(block.device) for block in blocks]
-        raise InvalidArgumentError(call=call, got=f"blocks on {devices}", expected="one device")
+        raise InvalidArgumentError(call, f"blocks on {devices}", "one device")
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------
@@ -483,18 +483,18 @@ def _sum(space: ParameterSpace, terms: Sequence[Sequence[Callable[[], FisherOper
 def _check_terms(terms: Sequence[FisherOperator], call: str) -> None:
     """Raise unless all terms are over one space, of one dtype and on one device."""
     if not terms:
-        raise InvalidArgumentError(call=call, got="no terms", expected="at least one operator")
+        raise InvalidArgumentError(call, "no terms", "at least one operator")
     first = terms[0]
     for term in terms[1:]:
         if term.space != first.space:
             raise InvalidArgumentError(
-                call=call, got=f"operators over different parameters: {_difference(first.space, term.space)}",
-                expected="the same names, shapes and order", try_="build both with the same params=",
+                call, f"operators over different parameters: {_difference(first.space, term.space)}",
+                "the same names, shapes and order", try_="build both with the same params=",
             )  # fmt: skip
         if term.dtype != first.dtype:
-            raise InvalidTypeError(call=call, got=f"{first.dtype} and {term.dtype}", expected="one dtype")
+            raise InvalidTypeError(call, f"{first.dtype} and {term.dtype}", "one dtype")
         if term.device != first.device:
-            raise InvalidArgumentError(call=call, got=f"{first.device} and {term.device}", expected="one device")
+            raise InvalidArgumentError(call, f"{first.device} and {term.device}", "one device")
 
 
 def _difference(a: ParameterSpace, b: ParameterSpace) -> str:

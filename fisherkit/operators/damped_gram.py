@@ -66,8 +66,7 @@ def damped_grams(
             failed = float(again)
         if failed:
             raise SingularMatrixError(
-                call=call, got="a Gram matrix that is singular to working precision",
-                expected="a positive definite one",
+                call, "a Gram matrix that is singular to working precision", "a positive definite one",
                 why="the rows are linearly dependent, as repeated examples are, and the damping is below rounding",
                 try_=try_,
             )  # fmt: skip

@@ -43,18 +43,17 @@ def check_damping(damping: float, call: str) -> float:
     """The damping as a float; refuses `REQUIRED`, what is no number, and what is negative, NaN or infinite."""
     if damping is REQUIRED:
         raise InvalidTypeError(
-            call=call, got="no damping", expected="λ of F + λI, a float or fk.RelativeDamping",
+            call, "no damping", "λ of F + λI, a float or fk.RelativeDamping",
             why="F's scale differs by orders of magnitude between models, data and kinds, and no one number suits all",
             try_="damping=fk.RelativeDamping(1e-3), a thousandth of F's mean eigenvalue; damping=0.0 for F itself",
         )  # fmt: skip
     if not is_number(damping):
         raise InvalidTypeError(
-            call=call, got=f"damping of type {type(damping).__name__}", expected="a float or fk.RelativeDamping",
-            try_="float(damping)",
-        )  # fmt: skip
+            call, f"damping of type {type(damping).__name__}", "a float or fk.RelativeDamping", try_="float(damping)"
+        )
     if not math.isfinite(damping) or damping < 0:
         raise InvalidArgumentError(
-            call=f"{call}(damping={damping})", got=f"damping {damping}", expected="a finite number, 0 or more",
+            f"{call}(damping={damping})", f"damping {damping}", "a finite number, 0 or more",
             why="F + damping·I must stay positive semi-definite",
         )  # fmt: skip
     return float(damping)

@@ -240,7 +240,7 @@ class Factorization(ABC):
         operator, count = self.operator, 1 if n is None else n
         if not is_integer(count) or count < 1:
             raise InvalidArgumentError(
-                call=f"{operator._name}.factorize().sample(n={n})", got=f"n = {n}", expected="an integer, 1 or more"
+                f"{operator._name}.factorize().sample(n={n})", f"n = {n}", "an integer, 1 or more"
             )
         noise = torch.randn(operator.size, count, dtype=operator.dtype, device=operator.device, generator=generator)
         draws = self._solve(self.damping**0.5 * noise + operator._draw(generator, count))

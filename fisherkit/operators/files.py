@@ -99,7 +99,7 @@ def open_file(path: str | Path, *, device: torch.device | str = "cpu") -> Fisher
         covered = sorted(name for names in found.blocks for name in names)
     if covered != sorted(header.space.names):
         raise FileFormatError(
-            call=call, got=f"a file with blocks over {covered}", expected=f"each of {sorted(header.space.names)} once",
+            call, f"a file with blocks over {covered}", f"each of {sorted(header.space.names)} once",
             try_="save it again",
         )  # fmt: skip
     return found
@@ -172,14 +172,13 @@ class FisherFile:
         unknown = sorted(wanted - set(self.space.names))
         if unknown:
             raise UnknownParameterError(
-                call=call, got=f"unknown names {unknown}", expected=f"names of {self.header.path.name}",
-                try_="FisherFile.space.names",
-            )  # fmt: skip
+                call, f"unknown names {unknown}", f"names of {self.header.path.name}", try_="FisherFile.space.names"
+            )
         chosen = [block for block in self.blocks if wanted & set(block)]
         cut = [block for block in chosen if not wanted >= set(block)]
         if cut or not chosen:
             raise InvalidArgumentError(
-                call=call, got=f"a part of the block {list(cut[0])}" if cut else "no names",
-                expected="whole blocks", why="parameters of one block interact", try_="a union of FisherFile.blocks",
+                call, f"a part of the block {list(cut[0])}" if cut else "no names", "whole blocks",
+                why="parameters of one block interact", try_="a union of FisherFile.blocks",
             )  # fmt: skip
         return chosen

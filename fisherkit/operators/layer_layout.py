@@ -37,8 +37,8 @@ class LayerLayout:
         if not weight or others not in ([], [(outputs,)]):
             stored = "[I, O]" if transposed else "[O, I]"
             raise InvalidArgumentError(
-                call=call, got=f"a space of {dict(zip(space.names, space.shapes, strict=True))}",
-                expected=f"one layer's weight {stored}, or that and then its bias [O]",
+                call, f"a space of {dict(zip(space.names, space.shapes, strict=True))}",
+                f"one layer's weight {stored}, or that and then its bias [O]",
                 why="a Kronecker product covers one layer", try_="space.restrict(names) for one layer, or transposed=",
             )  # fmt: skip
         return cls(outputs, inputs, bool(others), transposed, leading)

@@ -30,14 +30,14 @@ def check_tensor(
 ) -> Tensor:  # fmt: skip
     """A tensor that an operator is made of, without its graph; kept, not copied; refused where it does not fit."""
     if not isinstance(tensor, Tensor):
-        raise InvalidTypeError(call=call, got=f"a {type(tensor).__name__}", expected="a torch tensor")
+        raise InvalidTypeError(call, f"a {type(tensor).__name__}", "a torch tensor")
     if not tensor.is_floating_point() or (dtypes and tensor.dtype not in dtypes):
         wanted = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes)) or "a real floating-point dtype"
-        raise InvalidTypeError(call=call, got=f"a tensor of {tensor.dtype}", expected=wanted)
+        raise InvalidTypeError(call, f"a tensor of {tensor.dtype}", wanted)
     if tuple(tensor.shape) != tuple(shape):
-        raise InvalidArgumentError(call=call, got=f"shape {list(tensor.shape)}", expected=str(list(shape)))
+        raise InvalidArgumentError(call, f"shape {list(tensor.shape)}", str(list(shape)))
     if device is not None and tensor.device != device:
-        raise InvalidArgumentError(call=call, got=f"a tensor on {tensor.device}", expected=str(device))
+        raise InvalidArgumentError(call, f"a tensor on {tensor.device}", str(device))
     lows = [tensor.min()] if nonnegative and tensor.numel() else []
     _look(tensor, lows, functools.partial(_check_values, tensor, call, nonnegative))
     return tensor.detach()
@@ -104,15 +104,15 @@ def _check_values(tensor: Tensor, call: str, nonnegative: bool) -> None:
     check_finite(tensor, call)
     if nonnegative and tensor.numel() and float(tensor.min()) < 0:
         raise InvalidArgumentError(
-            call=call, got=f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
-            expected="numbers that are 0 or more", why="a Fisher matrix is positive semi-definite",
+            call, f"{int((tensor < 0).sum())} negative entries, the lowest {float(tensor.min()):.3g}",
+            "numbers that are 0 or more", why="a Fisher matrix is positive semi-definite",
         )  # fmt: skip
 
 
 def check_finite(tensor: Tensor, call: str) -> None:
     """Refuse NaN and infinity."""
     if not all_finite(tensor):
-        raise NonFiniteError(call=call, got="NaN or infinite entries", expected="finite numbers")
+        raise NonFiniteError(call, "NaN or infinite entries", "finite numbers")
 
 
 def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n n"]:
@@ -120,7 +120,7 @@ def check_symmetric(matrix: Float[Tensor, "n n"], call: str) -> Float[Tensor, "n
     skew = float((matrix - matrix.mT).max())  # its least entry is the opposite
     if skew > torch.finfo(matrix.dtype).eps ** 0.5 * float(torch.stack(matrix.aminmax()).abs().max()):
         raise InvalidArgumentError(
-            call=call, got=f"a matrix that differs from its transpose by up to {skew:.3g}", expected="a symmetric one",
+            call, f"a matrix that differs from its transpose by up to {skew:.3g}", "a symmetric one",
             why="a Fisher matrix is symmetric",
         )  # fmt: skip
     return matrix
@@ -171,11 +171,11 @@ def spectrum(matrix: Float[Tensor, "n n"], call: str) -> Spectrum:
 
     def refuse() -> None:
         if not math.isfinite(float(size)):
-            raise NonFiniteError(call=call, got="a matrix with NaN or infinite entries", expected="finite numbers")
+            raise NonFiniteError(call, "a matrix with NaN or infinite entries", "finite numbers")
         if float(slack) < 0:
             raise InvalidArgumentError(
-                call=call, got=f"a matrix with eigenvalue {float(least):.3g} beside {float(largest):.3g}",
-                expected="no negative eigenvalue", why="a Fisher matrix is positive semi-definite",
+                call, f"a matrix with eigenvalue {float(least):.3g} beside {float(largest):.3g}",
+                "no negative eigenvalue", why="a Fisher matrix is positive semi-definite",
             )  # fmt: skip
 
     size, slack = torch.linalg.vector_norm(matrix, math.inf), torch.zeros(())
@@ -216,7 +216,7 @@ def leading_spectrum(
     def refuse() -> None:
         if not all_finite(matrix):
             raise NonFiniteError(
-                call=call, got="Kronecker factors with NaN or infinite entries", expected="finite ones",
+                call, "Kronecker factors with NaN or infinite entries", "finite ones",
                 why="activations or gradients have grown out of range", try_="a smaller lr, or a trust_region",
             )  # fmt: skip
 
@@ -284,7 +284,7 @@ def damped_reciprocal(values: Tensor, damping: float, dtype: torch.dtype, call: 
 def singular(call: str, damping: float, why: str) -> SingularMatrixError:
     """The error of F + damping·I, in the words that all structures share."""
     return SingularMatrixError(
-        call=f"{call}(damping={damping})", got="a singular matrix", expected="a positive definite one",
+        f"{call}(damping={damping})", "a singular matrix", "a positive definite one",
         why=f"{why}, so F + damping·I has no inverse and its log det is -inf",
         try_="damping > 0, or fk.RelativeDamping(1e-6)",
     )  # fmt: skip

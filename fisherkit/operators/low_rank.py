@@ -275,11 +275,11 @@ class LowRankOperator(FisherOperator):
         needed = _square_bytes(side)
         if needed > self.memory_budget:
             raise MemoryBudgetError(
-                call=f"{self._name}.{operation}",
-                got=f"a {letter} × {letter} matrix of {readable(needed)} with {letter} = {side:,}",
-                expected=f"at most memory_budget = {readable(self.memory_budget)}",
+                f"{self._name}.{operation}",
+                f"a {letter} × {letter} matrix of {readable(needed)} with {letter} = {side:,}",
+                f"at most memory_budget = {readable(self.memory_budget)}",
                 try_="fisher.matvec and fk.estimators, which need no square matrix, or a larger memory_budget",
-            )
+            )  # fmt: skip
 
 
 class _GramFactorization(Factorization):

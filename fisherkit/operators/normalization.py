@@ -51,7 +51,7 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
 def normalization_factor(operator: FisherOperator, how: str | None, call: str) -> float:
     """The number that `normalize` multiplies by."""
     if not isinstance(operator, FisherOperator):
-        raise InvalidTypeError(call=call, got=f"a {type(operator).__name__}", expected="a FisherOperator")
+        raise InvalidTypeError(call, f"a {type(operator).__name__}", "a FisherOperator")
     if how is None:
         return 1.0
     size = float(operator.trace() if how == "trace" else frobenius_norm(operator))
@@ -61,10 +61,10 @@ def normalization_factor(operator: FisherOperator, how: str | None, call: str) -
 def factor_of_size(size: float, dimension: int, how: str, call: str, name: str = "a Fisher") -> float:
     """The number that gives a Fisher of known size its standard one; refuses sizes that are 0 or not finite."""
     if not math.isfinite(size):
-        raise NonFiniteError(call=call, got=f"{name} with {how} {size}", expected="finite numbers")
+        raise NonFiniteError(call, f"{name} with {how} {size}", "finite numbers")
     if size <= 0:
         raise InvalidArgumentError(
-            call=call, got=f"{name} that is 0 ({how} {size:g})", expected=f"one with a positive {how}",
+            call, f"{name} that is 0 ({how} {size:g})", f"one with a positive {how}",
             why="no multiple of it has mean eigenvalue 1; empirical Fishers are 0 where the loss is exactly 0",
             try_="normalize=None, or another kind",
         )  # fmt: skip

@@ -49,9 +49,7 @@ def mix_with_average(operator: FisherOperator, ratio: float) -> FisherOperator:
         InvalidArgumentError: ρ is negative, NaN or infinite.
     """
     if not 0 <= ratio < math.inf:
-        raise InvalidArgumentError(
-            call=f"mix_with_average({ratio})", got=f"ratio {ratio}", expected="a finite number, 0 or more"
-        )
+        raise InvalidArgumentError(f"mix_with_average({ratio})", f"ratio {ratio}", "a finite number, 0 or more")
     if ratio == 0:
         return operator
     if len(terms := operator._terms()) > 1:

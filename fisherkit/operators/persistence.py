@@ -27,9 +27,8 @@ def parts_fit(call: str) -> Iterator[None]:
         if isinstance(error, FileFormatError) and error.call == call:
             raise
         raise FileFormatError(
-            call=call, got=f"a file whose parts do not make an operator ({error})",
-            expected="one written by fisher.save", why="each structure checks its own tensors when it is restored",
-            try_="save it again",
+            call, f"a file whose parts do not make an operator ({error})", "one written by fisher.save",
+            why="each structure checks its own tensors when it is restored", try_="save it again",
         ) from error  # fmt: skip
 
 
@@ -38,7 +37,7 @@ def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
     registry = _registry()
     if state.kind not in registry:
         raise FileFormatError(
-            call="load", got=f"an operator with the unknown tag {state.kind!r}", expected=f"one of {sorted(registry)}",
+            "load", f"an operator with the unknown tag {state.kind!r}", f"one of {sorted(registry)}",
             try_="import the module that defines it first, or a newer fisherkit",
         )  # fmt: skip
     check_names(state, space)
@@ -49,9 +48,8 @@ def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
     """Refuse what is described as acting on other parameters."""
     if described.names != space.names:
         raise FileFormatError(
-            call="load", got=f"a {described.kind} operator over {list(described.names)}",
-            expected=f"one over {list(space.names)}",
-        )  # fmt: skip
+            "load", f"a {described.kind} operator over {list(described.names)}", f"one over {list(space.names)}"
+        )
 
 
 def blocks_of_node(node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers:

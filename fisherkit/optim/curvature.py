@@ -74,7 +74,7 @@ class Curvature:
         chosen = structure_named(structure, call)
         if not chosen.in_steps:
             raise InvalidArgumentError(
-                call=call, got=f"structure={structure!r}", expected="a LayerStructure or a RowStructure",
+                call, f"structure={structure!r}", "a LayerStructure or a RowStructure",
                 why="steps average the records of layers, or take the rows of a batch",
             )  # fmt: skip
         resolved = likelihoods.resolve(likelihood, model)
@@ -84,14 +84,13 @@ class Curvature:
         check_count(call, "max_rank", max_rank, optional=True)
         for name, value in (("ema", ema), ("gradient_momentum", gradient_momentum)):
             if not is_number(value) or not 0 <= value < 1:
-                raise InvalidArgumentError(call=call, got=f"{name}={value!r}", expected="a number from 0 to below 1")
+                raise InvalidArgumentError(call, f"{name}={value!r}", "a number from 0 to below 1")
         if chosen.keeps_rows and (ema > 0 or update_every > 1 or gradient_momentum > 0):
             got = f"structure={structure!r} with ema={ema} and update_every={update_every}"
             raise InvalidArgumentError(
-                call=call, got=got + (f" and gradient_momentum={gradient_momentum}" if gradient_momentum else ""),
-                expected=f"ema=0 and update_every=1{' and gradient_momentum=0' if gradient_momentum else ''}",
-                why="its rows are those of one batch",
-                try_='structure="kfac" or "ekfac"',
+                call, got + (f" and gradient_momentum={gradient_momentum}" if gradient_momentum else ""),
+                f"ema=0 and update_every=1{' and gradient_momentum=0' if gradient_momentum else ''}",
+                why="its rows are those of one batch", try_='structure="kfac" or "ekfac"',
             )  # fmt: skip
         self.call, self.structure, self.gram, self.reduction = call, structure, gram, reduction
         self.update_every, self.gradient_momentum = update_every, gradient_momentum
@@ -243,7 +242,7 @@ class Curvature:
         if self.averages.structure.keeps_rows:
             if isinstance(damping, LayerDamping):
                 raise InvalidArgumentError(
-                    call=self.call, got=f"{damping} with structure={self.structure!r}", expected="a number",
+                    self.call, f"{damping} with structure={self.structure!r}", "a number",
                     why="a structure that keeps rows is no product of layers",
                     try_=f"damping=fk.RelativeDamping({damping.scale:g}), a multiple of this batch's mean eigenvalue",
                 )  # fmt: skip
@@ -277,8 +276,8 @@ class Curvature:
         odd = sorted({name for names in everyones for name in set(names) ^ set(space.names)})
         if odd and self.averages.structure.keeps_rows:
             raise ModelError(
-                call=f"{self.call}.step", got=f"parameters that some processes' outputs depend on and others' do not: "
-                f"{listed(odd, 4)}", expected="the same in all",
+                f"{self.call}.step", f"parameters that some processes' outputs depend on and others' do not: "
+                f"{listed(odd, 4)}", "the same in all",
                 why=f'structure="{self.structure}" keeps rows over the same parameters in all processes',
                 try_='structure="kfac", "ekfac" or "diagonal"',
             )  # fmt: skip
@@ -298,9 +297,8 @@ class Curvature:
         missing = one.seen.correction(passes)
         if missing != 1 and not self.capture.rule.scale_free:
             raise ModelError(
-                call=f"{self.call}.step",
-                got=f"{passes} passes of a {self.capture.likelihood.name} likelihood in one step", expected="one",
-                why="the loss gradients' scale is known afterwards, and this kind's vectors depend on it",
+                f"{self.call}.step", f"{passes} passes of a {self.capture.likelihood.name} likelihood in one step",
+                "one", why="the loss gradients' scale is known afterwards, and this kind's vectors depend on it",
                 try_="one forward pass a step, or another kind",
             )  # fmt: skip
         scale = self._scale(one, passes)
@@ -367,33 +365,30 @@ class Curvature:
         strays = [name for name, gradient in rest if bool(gradient.any())]
         if strays:
             raise ModelError(
-                call=f"{self.call}.step",
-                got=f"a gradient for parameters that the outputs did not depend on in the first batch: {strays[:4]}",
-                expected="the same layers for every batch, and a loss of the outputs alone",
-                why="there are no rows for them",
+                f"{self.call}.step",
+                f"a gradient for parameters that the outputs did not depend on in the first batch: {strays[:4]}",
+                "the same layers for every batch, and a loss of the outputs alone", why="there are no rows for them",
                 try_="params= without them, and a second optimizer; weight_decay= instead of penalties in the loss",
-            )
+            )  # fmt: skip
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
         if self.capture.closed:
             raise ModelError(
-                call=f"{self.call}.step", got="a closed optimizer", expected="one that watches its model",
-                try_=f"a new {self.call}",
-            )  # fmt: skip
+                f"{self.call}.step", "a closed optimizer", "one that watches its model", try_=f"a new {self.call}"
+            )
         if not captured:
             raise ModelError(
-                call=f"{self.call}.step",
-                got="gradients, but no forward and backward pass of the model since the last step",
-                expected="loss(model(x), y).backward() before each step",
+                f"{self.call}.step", "gradients, but no forward and backward pass of the model since the last step",
+                "loss(model(x), y).backward() before each step",
                 why="rows are captured there; calls of the model's parts or of a compiled or replicated copy, or "
                 "under no_grad or paused(), have none, nor has torch.autograd.grad",
                 try_="loss.backward() on outputs of the very module that the optimizer was made for",
-            )
+            )  # fmt: skip
         spaces = {one.plan.space for one in captured}
         if len(spaces) > 1:
             raise ModelError(
-                call=f"{self.call}.step", got="forward passes with different trainable parameters in one step",
-                expected="the same for all", try_="freezing and unfreezing right after step()",
+                f"{self.call}.step", "forward passes with different trainable parameters in one step",
+                "the same for all", try_="freezing and unfreezing right after step()",
             )  # fmt: skip
         return spaces.pop()
 
@@ -442,7 +437,7 @@ class Curvature:
         ):  # fmt: skip
             if key in state and state[key] != value:  # states of before do not name the likelihood
                 raise InvalidArgumentError(
-                    call=call, got=f"a state with {key} = {state[key]!r}", expected=repr(value),
+                    call, f"a state with {key} = {state[key]!r}", repr(value),
                     why="a step would go on in another direction", try_="an optimizer made with the same arguments",
                 )  # fmt: skip
         parameters, own = dict(self.capture.model.named_parameters()), self._parameters
@@ -456,14 +451,14 @@ class Curvature:
             kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # without a checksum
             raise InvalidArgumentError(
-                call=call, got=f"a state whose averages cannot be read ({error!r})",
-                expected=f"one that {self.call}.state_dict() made for this model",
+                call, f"a state whose averages cannot be read ({error!r})",
+                f"one that {self.call}.state_dict() made for this model",
             ) from error  # fmt: skip
         if names := [name for name in {**known, **own} if known.get(name) != own.get(name)]:
             odd = (f"{name!r}: {known.get(name, 'none')} and not {own.get(name, 'none')}" for name in names)
             raise InvalidArgumentError(
-                call=call, got=f"a state of other parameters ({listed(odd, 4, '; ')})",
-                expected="those of the model that the optimizer was made for",
+                call, f"a state of other parameters ({listed(odd, 4, '; ')})",
+                "those of the model that the optimizer was made for",
                 why="averages of other layers say nothing of these", try_="the model of then, or a fresh optimizer",
             )  # fmt: skip
 
@@ -495,7 +490,7 @@ def check_has(state: Any, keys: Iterable[str], call: str) -> None:
         got = f"a state{maker} without {sorted(missing)}"
     else:
         got = f"a {type(state).__name__}"
-    raise InvalidArgumentError(call=f"{call}.load_state_dict", got=got, expected=f"one that {call}.state_dict() made")
+    raise InvalidArgumentError(f"{call}.load_state_dict", got, f"one that {call}.state_dict() made")
 
 
 def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
@@ -548,8 +543,8 @@ def _refuse_other_processes(model: nn.Module, processes: Processes | None, call:
     sharers = {p.device_mesh.size() for p in model.parameters() if hasattr(p, "device_mesh")}
     if sharers - {size}:
         raise ModelError(
-            call=call, got=f"a model in shards of {max(sharers)} processes, and a group of {size}",
-            expected="a group of the processes that have the shards",
+            call, f"a model in shards of {max(sharers)} processes, and a group of {size}",
+            "a group of the processes that have the shards",
             why="each writes its shard of the update, which must be the same update",
             try_="group=None in a default group of those processes, or their own group",
         )  # fmt: skip
@@ -562,13 +557,13 @@ def checked_rule(
     """The rule of the kind, if the model is a module, dampings and trust region fit, and the options are the kind's."""
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(
-            call=call, got=f"a {type(model).__name__} as model", expected="a torch.nn.Module",
+            call, f"a {type(model).__name__} as model", "a torch.nn.Module",
             why="per-example gradients come from its forward pass", try_=f"{call}(model, ..., params=names)",
         )  # fmt: skip
     rule = rule_of(kind, call=call, options=options)  # first: a misspelt argument is among its options
     check_damping_choice(damping, gram_damping, call)
     if trust_region is not None and not (is_number(trust_region) and trust_region > 0):
-        raise InvalidArgumentError(call=call, got=f"trust_region={trust_region!r}", expected="a positive number")
+        raise InvalidArgumentError(call, f"trust_region={trust_region!r}", "a positive number")
     return rule
 
 
@@ -576,7 +571,7 @@ def check_damping_choice(damping: object, gram_damping: object, call: str) -> No
     """Exactly one of the two dampings, and a fitting one."""
     if (damping is None) == (gram_damping is None):
         raise InvalidArgumentError(
-            call=call, got=f"damping={damping!r} and gram_damping={gram_damping!r}", expected="one of them",
+            call, f"damping={damping!r} and gram_damping={gram_damping!r}", "one of them",
             why="F + λI and the Gram matrix + λI are different updates",
             try_="gram_damping=1e-3 for the paper's update, damping=1e-2 for (F + λI)⁻¹ times the mean gradient",
         )  # fmt: skip

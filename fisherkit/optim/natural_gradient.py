@@ -124,7 +124,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
             if not is_number(value) or not 0 <= value < math.inf:
-                raise InvalidArgumentError(call=CALL, got=f"{name}={value!r}", expected="a number, 0 or more")
+                raise InvalidArgumentError(CALL, f"{name}={value!r}", "a number, 0 or more")
         groups, selection = _groups(model, params)
         self._curvature = Curvature(
             model, params=selection, rule=rule, likelihood=likelihood, structure=structure,
@@ -175,8 +175,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
             if not self._curvature.finite(gradients, settings):
                 bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
                 raise NonFiniteError(
-                    call=f"{CALL}.step", got=f"gradients with NaN or infinite entries of {bad}",
-                    expected="finite gradients",
+                    f"{CALL}.step", f"gradients with NaN or infinite entries of {bad}", "finite gradients",
                     try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",
                 )  # fmt: skip
             space, direction = self._curvature.direction(own, gradients, damping)
@@ -195,8 +194,8 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
             model = self._curvature.capture.owner
             odd += [name for name, p in model.named_parameters() if any(p is one for one in gone)]
             raise ModelError(
-                call=f"{CALL}.step", got=f"parameters that were replaced or renamed: {listed(map(repr, odd), 4)}",
-                expected="those that the optimizer was made for", why="a step would leave them as they are",
+                f"{CALL}.step", f"parameters that were replaced or renamed: {listed(map(repr, odd), 4)}",
+                "those that the optimizer was made for", why="a step would leave them as they are",
                 try_=f"a new {CALL} after layers are replaced or parametrized",
             )  # fmt: skip
 
@@ -239,8 +238,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         odd = sorted(_OF_ALL & set(param_group))
         if odd:
             raise InvalidArgumentError(
-                call=f"{CALL}.add_param_group", got=f"{odd} in a parameter group",
-                expected=f"some of {sorted(_OF_ONE)}",
+                f"{CALL}.add_param_group", f"{odd} in a parameter group", f"some of {sorted(_OF_ONE)}",
                 why="one Fisher and one direction belong to all groups", try_=f"{odd[0]}= of {CALL} itself",
             )  # fmt: skip
         capture = self._curvature.capture
@@ -248,9 +246,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         own = param_group.get("params", [])
         param_group["params"] = [own] if isinstance(own, Tensor) else list(own)
         if any(id(p) not in names for p in param_group["params"]):
-            raise ModelError(
-                call=f"{CALL}.add_param_group", got="a parameter that is not the model's", expected="the model's own"
-            )
+            raise ModelError(f"{CALL}.add_param_group", "a parameter that is not the model's", "the model's own")
         super().add_param_group(param_group)
         chosen = [p for group in self.param_groups for p in group["params"]]
         capture.space = ParameterSpace.of(capture.model, [names[id(p)] for p in chosen])
@@ -295,8 +291,8 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
             super().load_state_dict({**state_dict, "param_groups": groups})
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InvalidArgumentError(
-                call=f"{CALL}.load_state_dict", got=f"a state that torch.optim.Optimizer refuses ({error})",
-                expected=f"one that {CALL}.state_dict() made of the same parameters in the same groups",
+                f"{CALL}.load_state_dict", f"a state that torch.optim.Optimizer refuses ({error})",
+                f"one that {CALL}.state_dict() made of the same parameters in the same groups",
             ) from error  # fmt: skip
         for p, held in self.state.items():
             held.update({name: shard_like(value, p) for name, value in held.items()})
@@ -330,7 +326,7 @@ def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Select
         groups = [{**group, "params": list(group["params"])} for group in params]
         chosen = [p for group in groups for p in group["params"]]
         if any(id(p) not in names for p in chosen):
-            raise ModelError(call=CALL, got="a group with a parameter that is not the model's", expected="its own")
+            raise ModelError(CALL, "a group with a parameter that is not the model's", "its own")
         return groups, [names[id(p)] for p in chosen]
     everything: Selection = (lambda _name, _parameter: True) if params is None else cast("Selection", params)
     space = ParameterSpace.of(model, everything)

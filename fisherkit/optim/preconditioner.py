@@ -121,8 +121,8 @@ class Preconditioner(Watching):
         rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
         if layer_rms is not None and not (is_number(layer_rms) and 0 < layer_rms < math.inf and trust_region is None):
             raise InvalidArgumentError(
-                call=CALL, got=f"layer_rms={layer_rms!r} and trust_region={trust_region!r}",
-                expected="a positive number, and trust_region=None", why="each decides how long a step is",
+                CALL, f"layer_rms={layer_rms!r} and trust_region={trust_region!r}",
+                "a positive number, and trust_region=None", why="each decides how long a step is",
             )  # fmt: skip
         self.damping: Damping | LayerDamping = (
             gram_damping if damping is None and gram_damping is not None else damping or 0.0

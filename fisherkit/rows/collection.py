@@ -275,13 +275,11 @@ class Rows(RowSource):
         if bad:
             modules = {name.rpartition(".")[0]: None for names in bad for name in names}
             raise NonFiniteError(
-                call=call,
-                got=f"NaN or infinite activations or gradients in {listed(map(repr, modules))} "
-                f"({listed(repr(name) for names in bad for name in names)})",
-                expected="finite ones",
+                call, f"NaN or infinite activations or gradients in {listed(map(repr, modules))} "
+                f"({listed(repr(name) for names in bad for name in names)})", "finite ones",
                 why="rows are made of them, and outputs that are finite may hide them: a tanh of infinity is 1",
                 try_="torch.isfinite of this batch's inputs, and a look for √, log or division at 0 in the model",
-            )
+            )  # fmt: skip
         return bound
 
     @property

@@ -227,12 +227,11 @@ class Linearized:
         own = {name: self.plan.parameters[name] for unit in units for name in unit.names}
         if self.watched.random:
             raise ModelError(
-                call="the model's forward pass in train mode",
-                got=f"active dropout beside parameters whose rule does not hold in this batch: {list(own)[:4]}",
-                expected="either one of the two",
-                why="their rows come from a pass of their own, which would draw anew",
+                "the model's forward pass in train mode",
+                f"active dropout beside parameters whose rule does not hold in this batch: {list(own)[:4]}",
+                "either one of the two", why="their rows come from a pass of their own, which would draw anew",
                 try_="params= without them, dropout of 0 in the model's configuration, or model.eval()",
-            )
+            )  # fmt: skip
         with self.plan.quiet():
             self._refuse_coupled(list(own))
             return looped_rows(self.plan.model, own, self.batch, v)
@@ -247,13 +246,11 @@ class Linearized:
             if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().maximum(usual)) for a, z in pairs):
                 return
         raise ModelError(
-            call="the model's forward pass",
-            got=f"outputs that change with the rest of the batch, through {names[:2]}",
-            expected="examples that do not influence each other",
-            why="per-example gradients do not exist otherwise",
+            "the model's forward pass", f"outputs that change with the rest of the batch, through {names[:2]}",
+            "examples that do not influence each other", why="per-example gradients do not exist otherwise",
             try_="model.eval(); batches of one example; remove what joins the examples of a batch from forward, as a "
             "capacity that experts share",
-        )
+        )  # fmt: skip
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         return tolerance(dtype, self.watched.coarsest)

@@ -269,9 +269,8 @@ class Plan(Findings):
         found = sorted(self.nonlinear if names is None else self.nonlinear.intersection(names))
         if found:
             raise ModelError(
-                call=call,
-                got=f"gradients of {listed(map(repr, found), 4)} that are not linear in the outputs' gradient",
-                expected="a backward pass of derivatives, which doubles with its vector",
+                call, f"gradients of {listed(map(repr, found), 4)} that are not linear in the outputs' gradient",
+                "a backward pass of derivatives, which doubles with its vector",
                 why="an autograd function or a hook of yours changes gradients on the way, as by clipping, signs or "
                 "rounding, so that rows depend on the vectors' size and sign: there is no such matrix",
                 try_="the model without it (handle.remove()), params= without these parameters, or a Fisher of kind "
@@ -314,11 +313,9 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
     device = plan.example_parameter.device
     if device.type == "meta":
         raise ModelError(
-            call="the Fisher of this model",
-            got="parameters on the meta device",
-            expected="parameters with values",
+            "the Fisher of this model", "parameters on the meta device", "parameters with values",
             try_="model.to_empty(device=...) and load its weights",
-        )
+        )  # fmt: skip
     with plan.quiet():
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
@@ -452,11 +449,9 @@ class _Reference:
         if not all_finite(self.norms) and not all_finite(*(g for row in self.rows for g in row)):
             bad = [name for name, i in self.names.items() if not all_finite(*(row[i] for row in self.rows))]
             raise NonFiniteError(
-                call=probe.place,
-                got=f"gradients with NaN or infinite entries of {listed(map(repr, bad))}",
-                expected="finite gradients",
+                probe.place, f"gradients with NaN or infinite entries of {listed(map(repr, bad))}", "finite gradients",
                 try_="look for √, log or division at 0 in the model",
-            )
+            )  # fmt: skip
         self.scale = self.norms.norm()
         self.tolerance = tolerance(plan.example_parameter.dtype, plan.coarsest)
 
@@ -565,14 +560,13 @@ def require_alike(found: Tensor, expected: Tensor, allowed: Tensor, place: str =
     error = influenced(place)
     if found.shape[1:] != expected.shape[1:]:
         error = ModelError(
-            call=place or "the Fisher of this model",
-            got=f"outputs of shape {list(found.shape)} and of {list(expected.shape)} for the same examples, which "
-            "changes with the rest of their batch",
-            expected="outputs of an example that are of one shape in any company",
+            place or "the Fisher of this model",
+            f"outputs of shape {list(found.shape)} and of {list(expected.shape)} for the same examples, which "
+            "changes with the rest of their batch", "outputs of an example that are of one shape in any company",
             why="rows are made of examples by themselves and together",
             try_="positions up to the length of the inputs, not of the batch's longest example: "
             "pad_packed_sequence(..., total_length=x.shape[1]); labels of ignore_index where there is padding",
-        )
+        )  # fmt: skip
     raise error
 
 
@@ -580,30 +574,27 @@ def influenced(place: str = "", what: str = "outputs") -> ModelError:
     """The error of examples whose outputs, or gradients, are other ones in other company."""
     here = f"{what} that change with the rest of the batch"
     return ModelError(
-        call=place or "the Fisher of this model",
-        got=here if place else "an output for an example that changes with the rest of its batch",
-        expected="examples that do not influence each other, whatever their places in a batch and however many there "
-        "are, and a deterministic forward pass",
-        why="per-example gradients do not exist otherwise",
+        place or "the Fisher of this model",
+        here if place else "an output for an example that changes with the rest of its batch",
+        "examples that do not influence each other, whatever their places in a batch and however many there "
+        "are, and a deterministic forward pass", why="per-example gradients do not exist otherwise",
         try_="model.eval(); remove batch statistics, contrastive terms, noise, a capacity that experts share, and what "
         "depends on an example's place or on len(x), from forward; nodes of a graph are positions of one example: "
         'inputs (1, nodes, ...), example="token"',
-    )
+    )  # fmt: skip
 
 
 def _check_outputs(z: Tensor, place: str) -> None:
     call = "the model's forward pass"
     if not z.is_floating_point():
-        raise ModelError(call=call, got=f"outputs of {z.dtype}", expected="real floating-point outputs")
+        raise ModelError(call, f"outputs of {z.dtype}", "real floating-point outputs")
     check_finite(z, place)
     if not z.requires_grad:
         raise ModelError(
-            call=call,
-            got="outputs without a gradient in the chosen parameters",
-            expected="outputs that depend on them",
+            call, "outputs without a gradient in the chosen parameters", "outputs that depend on them",
             why="they are detached, or computed under torch.no_grad",
             try_="a forward without .detach(), .data and @torch.no_grad()",
-        )
+        )  # fmt: skip
 
 
 def _refuse_chance(plan: Plan, probe: Batch, z: Tensor) -> None:
@@ -612,12 +603,9 @@ def _refuse_chance(plan: Plan, probe: Batch, z: Tensor) -> None:
         again = probe.call(plan.model)
         if again.shape != z.shape or bool((again - z).norm() > tolerance(z.dtype, plan.coarsest) * z.norm()):
             raise ModelError(
-                call="the Fisher of this model",
-                got="outputs that change from pass to pass",
-                expected="a deterministic forward pass",
-                why="the model draws random numbers",
-                try_="model.eval()",
-            )
+                "the Fisher of this model", "outputs that change from pass to pass", "a deterministic forward pass",
+                why="the model draws random numbers", try_="model.eval()",
+            )  # fmt: skip
 
 
 def propose(plan: Plan, watched: Watched, names: Sequence[str]) -> list[Unit]:

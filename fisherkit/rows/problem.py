@@ -79,8 +79,8 @@ class Tally(NamedTuple):
         """Itself, if there is an example."""
         if self.examples == 0:
             raise DataError(
-                call="data", got="no example with a label that counts", expected="at least one",
-                why="all labels are ignore_index", try_="check the labels",
+                "data", "no example with a label that counts", "at least one", why="all labels are ignore_index",
+                try_="check the labels",
             )  # fmt: skip
         return self
 
@@ -164,8 +164,8 @@ class Problem:
         except BetterPlanError as found:
             return found
         raise ProcessError(
-            call="a pass over the data", got="a batch whose rows are made in another way in another process than here",
-            expected="models that behave alike in all processes", why="they compute one Fisher together",
+            "a pass over the data", "a batch whose rows are made in another way in another process than here",
+            "models that behave alike in all processes", why="they compute one Fisher together",
             try_="the same settings of the model in all of them",
         )  # fmt: skip
 
@@ -253,12 +253,9 @@ class Problem:
         raw = raw.detach()
         if batch.targets is None and self.kind.needs_targets:
             raise DataError(
-                call=call,
-                got="no targets",
-                expected="targets",
-                why="this kind uses the observed labels",
+                call, "no targets", "targets", why="this kind uses the observed labels",
                 try_="fk.ExactFisher or fk.SampledFisher for unlabelled data",
-            )
+            )  # fmt: skip
         batch = batch.aligned(self.plan.model, raw, shift=self.shift_labels, ignore_index=self.likelihood.ignore_index)
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
         self.likelihood.check_reading(raw, batch.targets, batch.batched, call)
@@ -434,7 +431,7 @@ class Problem:
                 start += micro.size
                 shown.update(micro.size / batch.size)
         if start == 0 and self.processes is None:
-            raise DataError(call="data", got="no batch", expected="at least one example")
+            raise DataError("data", "no batch", "at least one example")
 
     def refuse_changed(self) -> None:
         """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's."""
@@ -456,12 +453,10 @@ class Problem:
                 return
             got = "outputs that have changed since the Fisher was built, by a hook or an attribute"
         raise ModelError(
-            call="a pass over the data",
-            got=got,
-            expected="the model as it was",
+            "a pass over the data", got, "the model as it was",
             why="rows that are not kept are made from the live model",
             try_='build the Fisher anew, or with storage="rows", which keeps them from the start',
-        )
+        )  # fmt: skip
 
     def _changed_attributes(self) -> list[str]:
         """Plain attributes that are not what they were, but for those that the model's own passes change."""

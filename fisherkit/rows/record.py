@@ -465,17 +465,17 @@ def _refuse(
     call = "the model's forward pass"
     if random and not training:
         raise ModelError(
-            call=call, got=f"an active {func.__name__}", expected="a deterministic model",
+            call, f"an active {func.__name__}", "a deterministic model",
             why="with dropout every pass has another Fisher", try_="model.eval()",
         )  # fmt: skip
     if func is F.embedding and _argument(args, kwargs, 3, "max_norm") is not None:
         raise ModelError(
-            call=call, got="an embedding with max_norm", expected="max_norm=None",
-            why="it changes the table during the forward pass", try_="renormalize the table once, before",
+            call, "an embedding with max_norm", "max_norm=None", why="it changes the table during the forward pass",
+            try_="renormalize the table once, before",
         )  # fmt: skip
     if func is F.embedding_bag and _argument(args, kwargs, 2, "offsets") is not None:
         raise ModelError(
-            call=call, got="an embedding bag with offsets", expected="tokens [B, T], without offsets",
+            call, "an embedding bag with offsets", "tokens [B, T], without offsets",
             why="examples lie along axis 0, and here all their tokens lie in one row",
             try_="torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=i) and padding_idx=i",
         )  # fmt: skip
@@ -513,9 +513,6 @@ def refuse_train_mode(model: torch.nn.Module) -> None:
                 "batch statistics couple the examples of a batch" if coupled else "dropout makes every pass different"
             )
             raise ModelError(
-                call="the Fisher of this model",
-                got=f"{type(module).__name__} {name!r} in train mode",
-                expected="eval mode",
-                why=what,
+                "the Fisher of this model", f"{type(module).__name__} {name!r} in train mode", "eval mode", why=what,
                 try_="model.eval()",
-            )
+            )  # fmt: skip

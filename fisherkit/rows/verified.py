@@ -314,7 +314,7 @@ def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processe
     first = processes.each("reading the data", source.beginning)
     sizes = processes.gathered(0 if first is None else first.size)
     if not any(sizes):
-        raise DataError(call="data", got="no batch in any process", expected="at least one example")
+        raise DataError("data", "no batch in any process", "at least one example")
     owner = next((rank for rank, size in enumerate(sizes) if size > 1), sizes.index(1) if 1 in sizes else 0)
     own = processes.rank == owner
     plan = processes.each("a first pass of the model", lambda: plan_of(model, space, source) if own else None)
@@ -407,12 +407,12 @@ def _refuse_state(error: Exception, model: nn.Module, first: Batch, *, fails: bo
     if not fails and not _works(model, first):
         return
     raise ModelError(
-        call="the model's forward pass",
-        got=f"a model that keeps {listed(named, 3) if named else 'something of the shape of a batch'} for the next",
-        expected="one that begins anew with every batch, whatever its size",
+        "the model's forward pass",
+        f"a model that keeps {listed(named, 3) if named else 'something of the shape of a batch'} for the next",
+        "one that begins anew with every batch, whatever its size",
         why=f"examples are also looked at by themselves and in twos: {str(error).splitlines()[0]}",
         try_="a state that forward makes for its batch, as x.new_zeros(len(x), ...), or of one row for all examples",
-    ) from error
+    ) from error  # fmt: skip
 
 
 def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
@@ -420,14 +420,12 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     alike = single and _shared(model, space, first, None)
     if alike:
         raise DataError(
-            call=first.place,
-            got=f"input {alike[0]!r} with {first.size} rows in a batch of {first.size} examples, for which the model "
-            "fails with one row an example and works with all of them",
-            expected="batches that tell which is meant",
+            first.place,
+            f"input {alike[0]!r} with {first.size} rows in a batch of {first.size} examples, for which the model "
+            "fails with one row an example and works with all of them", "batches that tell which is meant",
             why="without a second batch, nothing tells an input that all examples share from examples that meet in the "
-            "model (batch statistics, contrastive terms)",
-            try_=f"{SHARED}; or two batches",
-        ) from error
+            "model (batch statistics, contrastive terms)", try_=f"{SHARED}; or two batches",
+        ) from error  # fmt: skip
     if isinstance(error, FisherkitError):
         return
     device, dtype = model_device(model, space.names)
@@ -435,44 +433,43 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     _refuse_state(error, model, first.to(device), fails=fails)
     if fails and first.size > 2 and _works(model, first.to(device)):
         raise DataError(
-            call=first.place,
-            got=f"a batch of {first.size} examples that the model takes together and not two at a time",
-            expected="examples along axis 0 that need no others",
+            first.place, f"a batch of {first.size} examples that the model takes together and not two at a time",
+            "examples along axis 0 that need no others",
             why=f"for the first two it fails with: {(str(error) or type(error).__name__).splitlines()[0]}",
             try_="a graph as one element of the batch, inputs (1, nodes, ...) and labels (1, nodes), with "
             'example="token", if they are the nodes of a graph',
-        ) from error
+        ) from error  # fmt: skip
     reason = f"the model's forward pass fails: {(str(error) or type(error).__name__).splitlines()[0]}"
     if first.targets is None and is_encoder_decoder(model) and not first.kwargs.keys() & {"labels", *DECODER_INPUTS}:
         raise DataError(
-            call=first.place, got="neither labels nor decoder inputs for an encoder-decoder",
-            expected=f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
+            first.place, "neither labels nor decoder inputs for an encoder-decoder",
+            f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
         ) from error  # fmt: skip
     usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
     if usual and fails and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
         raise DataError(
-            call=first.place, got=f"a batch of {first.size} examples for a model that works with the first alone",
-            expected="a model of batches, or one example a batch", why=reason,
+            first.place, f"a batch of {first.size} examples for a model that works with the first alone",
+            "a model of batches, or one example a batch", why=reason,
             try_="batches of one example each, DataLoader(..., batch_size=1)",
         ) from error  # fmt: skip
     sizes = sorted({len(leaf) for leaf in first.inputs if leaf.ndim})
     if isinstance(error, RuntimeError) and "must match" in str(error) and len(sizes) > 1 and fails:
         raise DataError(
-            call=first.place, got=f"inputs of {listed(map(str, sizes))} rows, with which the model fails",
-            expected=f"a row for each of the {first.size} examples, or an input that all of them share", why=reason,
+            first.place, f"inputs of {listed(map(str, sizes))} rows, with which the model fails",
+            f"a row for each of the {first.size} examples, or an input that all of them share", why=reason,
         ) from error  # fmt: skip
     if isinstance(error, RuntimeError) and "inplace operation" in str(error):
         raise ModelError(
-            call="the model's forward pass", got="a tensor that is written to in place after a layer has kept it",
-            expected="tensors that stay as they are until the gradient is known",
+            "the model's forward pass", "a tensor that is written to in place after a layer has kept it",
+            "tensors that stay as they are until the gradient is known",
             why=f"the backward pass fails: {str(error).splitlines()[0]}",
             try_="x = x + y instead of x += y, or a layer that reads x.clone()",
         ) from error  # fmt: skip
     real = [f"{n} of {x.dtype}" for n, x in zip(first.names, first.inputs, strict=True) if x.is_floating_point()]
     if isinstance(error, RuntimeError) and "'indices' to have one of" in str(error) and real:
         raise DataError(
-            call=first.place, got=f"{listed(real)} where a table of embeddings is asked for rows",
-            expected="ids of torch.int64 or int32", why=reason, try_="x.long(), or ids that were never made floats",
+            first.place, f"{listed(real)} where a table of embeddings is asked for rows", "ids of torch.int64 or int32",
+            why=reason, try_="x.long(), or ids that were never made floats",
         ) from error  # fmt: skip
     # Models may well cast their inputs: only what torch itself says of types is put into our words.
     if not isinstance(error, RuntimeError) or "type" not in str(error):
@@ -481,10 +478,10 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     inside = "torch.autocast inside forward, since a caller's is off here"
     if others:
         raise DataError(
-            call=first.place, got=f"inputs of {', '.join(others)}", expected=f"{dtype}, the parameters' dtype",
-            why=reason, try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
+            first.place, f"inputs of {', '.join(others)}", f"{dtype}, the parameters' dtype", why=reason,
+            try_=f"x.to({dtype}), the model in the inputs' dtype, or {inside}",
         ) from error  # fmt: skip
     raise ModelError(
-        call="the model's forward pass", got="tensors of dtypes that do not go together",
-        expected=f"a forward pass of {dtype} parameters", why=reason, try_=inside,
+        "the model's forward pass", "tensors of dtypes that do not go together",
+        f"a forward pass of {dtype} parameters", why=reason, try_=inside,
     ) from error  # fmt: skip

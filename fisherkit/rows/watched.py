@@ -276,12 +276,12 @@ def refuse_hidden(model: nn.Module, unused: Mapping[str, Tensor], batch: Batch, 
     if again.shape == z.shape and bool((again - z).norm() <= 1e-6 * z.norm()):
         return
     raise ModelError(
-        call="the Fisher of this model",
-        got=f"outputs that depend on parameters which autograd does not see: {listed(map(repr, unused), 4)}",
-        expected="a graph that leads to every parameter that the outputs depend on",
+        "the Fisher of this model",
+        f"outputs that depend on parameters which autograd does not see: {listed(map(repr, unused), 4)}",
+        "a graph that leads to every parameter that the outputs depend on",
         why="a custom autograd function hides the layers that it calls, as reentrant checkpoints do",
         try_="checkpoints with use_reentrant=False, or params= without these parameters",
-    )
+    )  # fmt: skip
 
 
 def custom_functions(nodes: Iterable[Node]) -> frozenset[str]:
@@ -312,13 +312,11 @@ def refuse_reentrant(
         return
     what = f"around {listed(map(repr, hidden), 3)}" if hidden else "between the outputs and chosen parameters"
     raise ModelError(
-        call=call,
-        got=f"a checkpoint with use_reentrant=True {what}",
-        expected="use_reentrant=False",
+        call, f"a checkpoint with use_reentrant=True {what}", "use_reentrant=False",
         why="its graph shows no layer, and brings gradients only to .backward()",
         try_="checkpoint(..., use_reentrant=False), or with transformers "
         'gradient_checkpointing_kwargs={"use_reentrant": False}',
-    )
+    )  # fmt: skip
 
 
 def uses_are_all(
