@@ -487,7 +487,8 @@ class Problem:
         if self.plan.example_parameter.device.type != "cpu":
             most = 4 * TILE  # others want large products
         else:
-            small = self.summed or self.row_numbers(self.plan.space.slices) < self.plan.numbers_per_example
+            one = self.plan.numbers_per_example
+            small = self.summed or size * one <= GRAPH or self.row_numbers(self.plan.space.slices) < one
             most = GRAPH if small else TILE  # rows of a batch that is taken in pieces are copied
         room = self._room(most)
         step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
