@@ -389,3 +389,42 @@ def test_backward__that_nobody_forgot_is_not_missed(kind: str) -> None:
 
     for act in (frozen, evaluated, lambda _, optimizer: optimizer.step()):
         assert no_ops(act, kind) == []
+
+
+def test_default__of_a_layer_without_a_gradient_in_steps_between_updates() -> None:
+    torch.manual_seed(0)
+    body, skipped, head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+    model = nn.ModuleList([body, skipped, head])
+    model.forward = lambda x, skip: head(body(x).tanh() if skip else body(x).tanh() + skipped(body(x).tanh()))
+    preconditioner = fk.optim.Preconditioner(model)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    for step in range(12):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x, step % 5 > 2), y).backward()
+        preconditioner.step()
+        used = skipped.weight.grad is not None and bool(skipped.weight.grad.any())
+        assert used == (step % 5 <= 2)
+        assert all(bool(p.grad.any()) for layer in (body, head) for p in layer.parameters())
+    preconditioner.close()
+
+
+def test_layers__that_no_update_has_used_yet_are_named() -> None:
+    torch.manual_seed(0)
+    body, late = nn.Linear(4, 5), nn.Linear(5, 3)
+    model = nn.ModuleList([body, late])
+    model.forward = lambda x, skip: body(x)[:, :3] if skip else late(body(x).tanh())
+    preconditioner = fk.optim.Preconditioner(model)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    said = []
+    for step in range(4):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x, step == 0), y).backward()
+        before = None if late.weight.grad is None else late.weight.grad.clone()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            preconditioner.step()
+        said.append([str(one.message) for one in found])
+        assert before is None or torch.equal(late.weight.grad, before)
+    preconditioner.close()
+    assert [len(one) for one in said] == [0, 1, 0, 0]
+    assert "gradients of '1.weight', '1.bias' are left as they are" in said[1][0]

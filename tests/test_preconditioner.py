@@ -123,20 +123,3 @@ def test_without_room_for_a_sample__fewer_rows_than_parameters_go_without() -> N
     many = low_rank(fk.ExactFisher(model(), cut(100), memory_budget=1))
     assert many.row_source.count > many.size
     assert many._approximate_inverse(0.1) is not None
-
-
-def test_default__of_a_layer_without_a_gradient_in_steps_between_updates() -> None:
-    torch.manual_seed(0)
-    body, skipped, head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-    model = nn.ModuleList([body, skipped, head])
-    model.forward = lambda x, skip: head(body(x).tanh() if skip else body(x).tanh() + skipped(body(x).tanh()))
-    preconditioner = fk.optim.Preconditioner(model)
-    x, y = torch.randn(6, 4), torch.randint(3, (6,))
-    for step in range(12):
-        model.zero_grad()
-        nn.functional.cross_entropy(model(x, step % 5 > 2), y).backward()
-        preconditioner.step()
-        used = skipped.weight.grad is not None and bool(skipped.weight.grad.any())
-        assert used == (step % 5 <= 2)
-        assert all(bool(p.grad.any()) for layer in (body, head) for p in layer.parameters())
-    preconditioner.close()

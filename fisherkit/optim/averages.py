@@ -167,9 +167,10 @@ class Averages:
 
 def _refuse_infinite(records: Mapping[tuple[Names, str], UnitSums], call: str, dtype: torch.dtype) -> None:
     """Refuse sums of squares that are too large for the dtype."""
-    for (names, _), unit in records.items():
-        if not all_finite(*unit.tensors().values()):
-            raise overflow(call, listed(map(repr, names)), dtype)
+    tensors = {names: tuple(unit.tensors().values()) for (names, _), unit in records.items()}
+    if not all_finite(*(tensor for own in tensors.values() for tensor in own)):
+        infinite = (names for names, own in tensors.items() if not all_finite(*own))
+        raise overflow(call, listed(map(repr, infinite)), dtype)
 
 
 def _check(record: UnitSums, space: ParameterSpace, like: Tensor) -> None:

@@ -112,6 +112,7 @@ class Curvature:
         self._inverse: tuple[Damping | LayerDamping, list[Factorization]] | None = None
         self._momentum: dict[str, Tensor] = {}
         self._large = False
+        self._strays: set[str] = set()
 
     @property
     def due(self) -> bool:
@@ -239,6 +240,8 @@ class Curvature:
         if due:
             self.examples, self._operator, self._inverse = examples, None, None
             self._warn_of_ignored(captured, gradients, space)
+        else:
+            self._warn_of_strays(own, gradients, space)
         if self.averages.structure.keeps_rows:
             if isinstance(damping, LayerDamping):
                 raise InvalidArgumentError(
@@ -370,6 +373,20 @@ class Curvature:
                 "the same layers for every batch, and a loss of the outputs alone", why="there are no rows for them",
                 try_="params= without them, and a second optimizer; weight_decay= instead of penalties in the loss",
             )  # fmt: skip
+
+    def _warn_of_strays(
+        self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], space: ParameterSpace
+    ) -> None:
+        """Say of which layers F knows nothing yet, whose gradients come in a step without an update."""
+        rest = [name for name in gradients if name not in space.slices and own[name].requires_grad]
+        new = [name for name in rest if name not in self._strays and bool(gradients[name].any())]
+        if new:
+            self._strays.update(new)
+            self.capture.warn(
+                f"gradients of {listed(map(repr, new), 4)} are left as they are: the batch of the last update, one in "
+                f"{self.update_every} steps, did not use them. Try: update_every=1, or params= without them and a "
+                "second optimizer."
+            )
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
         if self.capture.closed:
