@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.rows import collection
+from fisherkit.rows import collection, linearized
 from fisherkit.rows import problem as problem_module
 from fisherkit.rows.base import StoredRows
 from fisherkit.rows.collection import Rows, UnitSlot
@@ -58,6 +58,28 @@ def test_rows__smaller_than_the_layers_outputs_are_made_in_pieces_that_a_cache_h
         assert (max(sizes) < 50) is (small and entries == 500)
     torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(rows[1], by_hand.rows(model, data))
+
+
+@pytest.mark.parametrize(("name", "entries"), [("GRAPH", 500), ("LAYER", 200)])
+def test_sums__of_many_vectors_and_large_layers_in_passes_that_a_cache_holds(
+    name: str, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(75, 5)).double()
+    data, passes = (torch.randn(12, 1, 5, 5).double(), torch.randint(5, (12,))), list[tuple[int, int]]()
+    rows = linearized.Linearized.rows
+
+    def counted(self: Any, v: Tensor, *given: Any, **options: Any) -> Any:
+        passes.append((v.shape[0], v.shape[1]))
+        return rows(self, v, *given, **options)
+
+    monkeypatch.setattr(linearized.Linearized, "rows", counted)
+    monkeypatch.setattr(problem_module, "GRAPH", 500)
+    monkeypatch.setattr(problem_module, name, entries)
+    found = fk.ExactFisher(model, data, structure="diagonal").diagonal()
+    most = max(k * batch for k, batch in passes)
+    assert most * 80 <= 500 if name == "GRAPH" else most * 75 <= 4 * 200
+    torch.testing.assert_close(torch.as_tensor(found), by_hand.fisher(model, data, "exact").diagonal())
 
 
 @pytest.mark.parametrize("size", [1, 100, 1 << 30])

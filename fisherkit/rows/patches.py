@@ -80,12 +80,14 @@ class Patches:
     def product(self, n: int, gradient: Float[Tensor, "T O"]) -> Float[Tensor, "O I"]:
         """Σ_t g_t x_tᵀ over an example's windows."""
         x = self.x[n * self.group : (n + 1) * self.group]
-        if any(pair != (0, 0) for pair in self.padding):
+        same = all(before == after >= 0 for before, after in self.padding)
+        if not same:
             x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
+        padding = [before if same else 0 for before, _ in self.padding]
         kernel = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.kernel) - 1]
         outputs = gradient.mT.unflatten(1, (self.group, *self.positions)).movedim(1, 0)
         shape = (gradient.shape[1], self.x.shape[1], *self.kernel)
-        found: Tensor = kernel(x, shape, outputs, self.stride, 0, self.dilation)  # type: ignore[no-untyped-call]
+        found: Tensor = kernel(x, shape, outputs, self.stride, padding, self.dilation)  # type: ignore[no-untyped-call]
         return found.flatten(1)
 
     def grouped(self, group: int) -> Patches:

@@ -96,6 +96,7 @@ class Findings:
         unused: names of parameters that the outputs of the two examples do not depend on at all.
         coarsest: the floating dtype that rounds most on the way, whatever that of parameters and outputs.
         numbers_per_example: entries of all layer outputs for one example.
+        largest: entries of the largest layer output for one example.
         alone: whether the model takes one example at a time, so that it was verified on one.
         calls: what its uses on two examples were given, to be compared; None before it is kept.
         custom: names of the autograd functions written in Python in their graph, which may forbid what was tried.
@@ -110,6 +111,7 @@ class Findings:
     unused: frozenset[str] = frozenset()
     coarsest: torch.dtype = torch.float64
     numbers_per_example: int = 1
+    largest: int = 1
     alone: bool = False
     calls: Hashable = None
     custom: frozenset[str] = frozenset()
@@ -335,13 +337,14 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             if _numbers_without_rule(others) < _numbers_without_rule(units):
                 plan, units, watched = other, others, again
         # Two uses may have one output, as a recurrent layer's linear maps have.
-        layers = sum({use.edge[:2]: torch.Size(use.output_shape).numel() for use in watched.uses}.values())
+        outputs = {use.edge[:2]: torch.Size(use.output_shape).numel() // probe.size for use in watched.uses}
         generic = _numbers_without_rule(units)
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
             custom=watched.custom, nonlinear=nonlinear(plan, watched),
             tried=Tried(seen={("numbers", numbers)} if numbers == watched.numbers else set()),
-            numbers_per_example=(z.numel() + layers) // probe.size + generic + (kept if generic else 0),
+            numbers_per_example=z.numel() // probe.size + sum(outputs.values()) + generic + (kept if generic else 0),
+            largest=max([1, *outputs.values()]),
         )  # fmt: skip
         if plan.generic:
             hooked = any(plan.parameters[name]._backward_hooks for unit in plan.generic for name in unit.names)

@@ -45,9 +45,11 @@ LONG = 600.0
 Metric = Callable[[Float[Tensor, "B ..."], Float[Tensor, "K B ..."]], Float[Tensor, "K B ..."]]
 """Outputs and K directions in output space to Σ_m v vᵀ times each direction."""
 GRAPH = 1 << 23
-"""Entries of the layer outputs of a pass on a processor: fewer passes are a little faster for some models, but hold
-more memory, and what no cache holds is slow. Where rows are kept that are larger than the layer outputs, `TILE`:
-putting the pieces of a batch together would take longer."""
+"""Entries of the layer outputs, or of their gradients, in a pass on a processor: fewer passes are a little faster for
+some models, but hold more memory, and what no cache holds is slow, as is memory that the system gives anew each time.
+Where rows are kept that are larger than the layer outputs, `TILE`: putting their pieces together would take longer."""
+LAYER = 1 << 21
+"""The same of the largest layer output, as of large images."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -484,14 +486,9 @@ class Problem:
 
     def _piece(self, size: int) -> int:
         """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""
-        if self.plan.example_parameter.device.type != "cpu":
-            most = 4 * TILE  # others want large products
-        else:
-            one = self.plan.numbers_per_example
-            small = self.summed or size * one <= GRAPH or self.row_numbers(self.plan.space.slices) < one
-            most = GRAPH if small else TILE  # rows of a batch that is taken in pieces are copied
-        room = self._room(most)
-        step = max(1, room // self.plan.numbers_per_example) if self.chunk_size is None else self.chunk_size
+        one, most = self.plan.numbers_per_example, self._most(size * self.plan.numbers_per_example)
+        step = max(1, self._room(most) // one) if self.chunk_size is None else self.chunk_size
+        step = max(1, min(step, LAYER // self.plan.largest)) if most == GRAPH and self.chunk_size is None else step
         step = step if self.most_examples is None else min(step, self.most_examples)
         step = min(step, MOST) if self.plan.looped else step
         step = min(step, max(1, TILE // (self.vectors_per_example * self.head))) if self.head else step
@@ -551,7 +548,8 @@ class Problem:
             yield Chunk.whole_batch(last, outputs, batch, counts)
             return
         linearized, batch, slots, head = self._prepared(linearized, batch, outputs, counts)
-        step = max(1, self._room(TILE) // linearized.numbers_per_vector)
+        one = linearized.numbers_per_vector
+        step = max(1, min(self._room(self._most(slots.number * one)), TILE) // one)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
 
@@ -593,6 +591,14 @@ class Problem:
         if head is None:
             return linearized, batch, Slots.of(outputs, self.kind, self.token, counts), None
         return head.below, batch, head.slots(counts), head
+
+    def _most(self, entries: int) -> int:
+        """Entries that a pass holds at best, of so many in all; rows that are kept are copied, and must be few."""
+        if self.plan.example_parameter.device.type != "cpu":
+            return 4 * TILE  # others want large products
+        one = self.plan.numbers_per_example
+        few = entries > GRAPH and (self.summed or self.row_numbers(self.plan.space.slices) < one)
+        return GRAPH if few else TILE
 
     def _room(self, most: int) -> int:
         """Entries that a pass may hold."""
