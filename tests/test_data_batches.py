@@ -237,8 +237,9 @@ def test_forms__records_that_make_something_of_their_fields_stay_what_they_are(n
 
     net, given = Net(), make(X)
     expected = brute(net, lambda n: net(make(X[n : n + 1])))
+    data = [((make(x),), y) for x, y in zip(X.split(5), Y.split(5), strict=True)]
     for options in ({}, {"chunk_size": 1}, {"memory_budget": 1}):
-        fisher = fk.EmpiricalFisher(net, [((make(x),), y) for x, y in zip(X.split(5), Y.split(5), strict=True)], **options)
+        fisher = fk.EmpiricalFisher(net, data, **options)
         same(fisher @ torch.eye(fisher.size, dtype=F64), expected)
     same(read(given), read(make(X)))
     optimizer, before = fk.optim.NaturalGradient(net, lr=1.0, kind="ef", damping=0.1), weights(net)

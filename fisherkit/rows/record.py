@@ -485,8 +485,8 @@ def _refuse(
 class Still(TorchFunctionMode):
     """Train mode without chance or statistics of batch norms: what is left of it in which examples may meet.
 
-    Dropout does nothing, what is drawn is everywhere the same number, an order of examples is the reverse one, and batch
-    norm takes its running statistics.
+    Dropout does nothing, what is drawn is everywhere the same number, an order is the reverse one, and batch norm takes
+    its running statistics.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -516,7 +516,7 @@ class Still(TorchFunctionMode):
 
 
 _IN_TRAINING: dict[Callable[..., Any], tuple[int, str, Any]] = {
-    **dict.fromkeys(DROPOUTS, (2, "training", False)),
+    **dict.fromkeys(DROPOUTS, (2, "training", False)),  # type: ignore[arg-type]
     F.rrelu: (3, "training", False),
     F.batch_norm: (5, "training", False),
     F.scaled_dot_product_attention: (4, "dropout_p", 0.0),
