@@ -253,7 +253,7 @@ def test_step__of_a_change_that_only_later_batches_meet(way: str, change: str) -
         F.cross_entropy(net(x), Y).backward()
         own.step()
     if way == "parameter" and (kind == "ef" or "largest" in change or change == "without its mean"):
-        return  # rows are made one at a time; the largest of δxᵀ are where x is largest, of few units perhaps in one row
+        return  # rows are made one at a time; the largest of δxᵀ are where x is largest
     with pytest.raises(fk.ModelError, match=r"not linear|change with the rest"):
         net(100 * X)
 
