@@ -8,9 +8,11 @@ again and compares every pass with the first.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import random
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -579,20 +581,23 @@ def model_device(
 
 def _map_ends(tree: Any, function: Callable[[Any], Any]) -> Any:
     """A function of every tensor or other end of nested mappings, lists, tuples and dataclasses, of the same types."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: _map_ends(value, function) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         values = [_map_ends(value, function) for value in tree]
         if hasattr(tree, "_fields"):
-            return type(tree)(*values)
+            return tree._make(values)  # type: ignore[union-attr]
         return values if isinstance(tree, list) else tuple(values)
-    if _is_dataclass(tree):
-        old = _fields_of(tree)
-        new = {name: _map_ends(value, function) for name, value in old.items()}
-        return tree if all(new[name] is old[name] for name in old) else dataclasses.replace(tree, **new)
-    return function(tree)
+    if isinstance(tree, Tensor) or not (isinstance(tree, Mapping) or _is_dataclass(tree)):
+        return function(tree)
+    new = {name: _map_ends(value, function) for name, value in _fields_of(tree, kept=True).items()}
+    if type(tree) is dict or (isinstance(tree, Mapping) and not isinstance(tree, (dict, UserDict))):
+        return new
+    made = copy.copy(tree)  # never made anew: a class of someone's own may want more than its fields, or change them
+    for name, value in new.items():
+        if isinstance(tree, Mapping):
+            made[name] = value
+        else:
+            object.__setattr__(made, name, value)
+    return made
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -607,7 +612,7 @@ def _named_leaves(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         for place, value in enumerate(tree):
             yield from _named_leaves(value, f"{name}[{place}]")
     elif isinstance(tree, Mapping) or hasattr(tree, "_fields") or _is_dataclass(tree):
-        for key, value in _fields_of(tree).items():
+        for key, value in _fields_of(tree, kept=True).items():
             yield from _named_leaves(value, f"{name}.{key}" if name else str(key))
 
 
@@ -615,12 +620,14 @@ def _is_dataclass(tree: Any) -> bool:
     return dataclasses.is_dataclass(tree) and not isinstance(tree, type)
 
 
-def _fields_of(tree: Any) -> dict[Any, Any]:
-    """The fields of a mapping, a named tuple or a dataclass."""
+def _fields_of(tree: Any, *, kept: bool = False) -> dict[Any, Any]:
+    """The fields of a mapping, a named tuple or a dataclass, and what else that has ``kept``, as made of its fields."""
     if isinstance(tree, Mapping):
         return dict(tree)
-    names = tree._fields if hasattr(tree, "_fields") else [f.name for f in dataclasses.fields(tree) if f.init]
-    return {name: getattr(tree, name) for name in names}
+    if hasattr(tree, "_fields"):
+        return {name: getattr(tree, name) for name in tree._fields}
+    fields = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if hasattr(tree, f.name)}
+    return fields | getattr(tree, "__dict__", {}) if kept else fields
 
 
 def _as_tensor(value: Any) -> Any:

@@ -1,19 +1,23 @@
 """Batches in the forms that people have: right, or told how; shared inputs, ragged batches, one example at a time."""
 
 import warnings
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
+from transformers.utils import ModelOutput
 
 import fisherkit as fk
 from examples.influence.evaluation import plain_rankings
 from tests import by_hand
+from tests.by_hand import weights
 from tests.small_data import normal, same
 
 N = 12
@@ -157,6 +161,92 @@ def test_forms__lists_and_records_inside_inputs_reach_the_model_as_they_are() ->
     net, ones = Net(), torch.ones_like(X)
     got = fk.EmpiricalFisher(net, [((pair(X, Points(MASK), [ones]),), Y)], chunk_size=1)
     same(got.to_dense(), brute(net, lambda n: net.body(X[n : n + 1] * MASK[n : n + 1])))
+
+
+@dataclass
+class Made:
+    """Makes more of its fields than they say."""
+
+    at: Tensor
+    scale: InitVar[float]
+    doubled: Tensor = field(init=False)
+
+    def __post_init__(self, scale: float) -> None:
+        self.at = self.at * scale
+        self.doubled = 2 * self.at
+        self.mean: Any = self.at.mean(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Halved:
+    at: Tensor
+    times: InitVar[int] = 1
+
+    def __post_init__(self, times: int) -> None:
+        object.__setattr__(self, "at", self.at / 2**times)
+
+
+@dataclass(slots=True)
+class Slotted:
+    at: Tensor
+    more: InitVar[Tensor]
+
+    def __post_init__(self, more: Tensor) -> None:
+        self.at = self.at + more
+
+
+class Named(namedtuple("Named", "at twice")):
+    def __new__(cls, at: Tensor) -> "Named":
+        return super().__new__(cls, at, 2 * at)
+
+
+@dataclass
+class Output(ModelOutput):
+    at: Tensor | None = None
+    unused: Tensor | None = None
+    states: tuple[Tensor, ...] | None = None
+
+
+KEPT: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "more than its fields": (lambda x: Made(x, 1.1), lambda given: given.at + given.doubled * given.mean),
+    "frozen": (lambda x: Halved(x), lambda given: given.at),
+    "frozen, of another number": (lambda x: Halved(x, 3), lambda given: given.at),
+    "with slots": (lambda x: Slotted(x, x.roll(1, 1)), lambda given: given.at),
+    "named tuple": (Named, lambda given: given.at * given.twice),
+    "model output by name": (lambda x: Output(at=x, states=(x, 2 * x)), lambda given: given.at + given.states[1]),
+    "model output by place": (lambda x: Output(at=x, states=(x, 2 * x)), lambda given: given[0] + given[1][1]),
+    "model output by key": (lambda x: Output(at=x), lambda given: given["at"] + given.to_tuple()[0]),
+    "encoding": (lambda x: BatchEncoding({"at": x}), lambda given: given.at),
+    "ordered": (lambda x: OrderedDict(at=x), lambda given: next(iter(given.values()))),
+    "in each other": (lambda x: [Made(Output(at=x)["at"], 1.1), {"out": Output(at=x)}],
+        lambda given: given[0].doubled + given[1]["out"].at),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_forms__records_that_make_something_of_their_fields_stay_what_they_are(name: str) -> None:
+    make, read = KEPT[name]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 3).double()
+
+        def forward(self, given: Any) -> Tensor:
+            return self.body(read(given))  # type: ignore[no-any-return]
+
+    net, given = Net(), make(X)
+    expected = brute(net, lambda n: net(make(X[n : n + 1])))
+    data = [((make(x),), y) for x, y in zip(X.split(5), Y.split(5), strict=True)]
+    for options in ({}, {"chunk_size": 1}, {"memory_budget": 1}):
+        fisher = fk.EmpiricalFisher(net, data, **options)
+        same(fisher @ torch.eye(fisher.size, dtype=F64), expected)
+    same(read(given), read(make(X)))
+    optimizer, before = fk.optim.NaturalGradient(net, lr=1.0, kind="ef", damping=0.1), weights(net)
+    F.cross_entropy(net(given), Y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    optimizer.step()
+    same(before - weights(net), torch.linalg.solve(expected + 0.1 * torch.eye(len(expected), dtype=F64), gradient))
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

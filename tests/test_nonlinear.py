@@ -165,9 +165,6 @@ def test_matrix__of_a_function_that_only_a_later_batch_of_a_loop_meets(kind: str
         _ = KINDS[kind](net, [(X, Y), (far, Y)], structure=structure) @ torch.ones(31, dtype=torch.float64)
 
 
-LATE = ["clipped", "clipped far out", "clipped by norm", "sign", "guided", "small ones dropped"]
-
-
 class OfLarge(Net):
     """The function and the hook are there from the start, and change gradients where some input is large."""
 
@@ -177,7 +174,7 @@ class OfLarge(Net):
 
 
 @pytest.mark.parametrize("structure", ["full", "kfac", "diagonal"])
-@pytest.mark.parametrize("change", LATE)
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("way", WAYS)
 def test_matrix__of_a_change_that_only_later_examples_meet(way: str, change: str, structure: str) -> None:
     kind = list(KINDS.values())[len(way + change) % 3]
@@ -185,9 +182,40 @@ def test_matrix__of_a_change_that_only_later_examples_meet(way: str, change: str
     x = torch.cat([X, X])
     kind(net, [(x, Y.repeat(2))], structure=structure)
     x[7:] *= 100
+    if (way, change) == ("parameter", "largest"):
+        return  # which is linear in one example's δxᵀ
     for data in ([(x, Y.repeat(2))], [(X, Y), (x[6:], Y)], [(x[:3], Y[:3]), *((one[None], Y[:1]) for one in x[6:])]):
         with pytest.raises(fk.ModelError, match=r"data, batch .* not linear"):
             kind(net, data, structure=structure)
+
+
+# Of all entries of a batch, or of one in all its rows; none of which is an example's own.
+TOGETHER: dict[str, Change] = {
+    "largest of all": lambda g: g.where(g.abs() < g.abs().amax(), 0.0),
+    "largest alone": lambda g: g * (g.abs() >= g.abs().amax()),
+    "clipped by the batch's norm": lambda g: g * (1e3 / g.norm()).clamp(max=1.0),
+    "without its mean": lambda g: g - g.mean(0),
+}
+
+
+@pytest.mark.parametrize("change", TOGETHER)
+@pytest.mark.parametrize("way", ["function", "tensor", "module"])
+def test_rows__of_a_change_that_joins_the_examples_of_later_batches_alone(way: str, change: str) -> None:
+    structure = "diagonal" if len(way + change) % 3 == 0 else "full"
+    net, far = OfLarge(lambda g: TOGETHER[change](g) if net.large else g, way), 100 * X
+    weight = 1e5 * torch.ones(3, dtype=torch.float64)  # so that gradients are far from random vectors in size
+    likelihood = nn.CrossEntropyLoss(weight=weight)
+    rows = []
+    for x in (X, far):
+        for n in range(len(x)):
+            loss = 1e5 * F.cross_entropy(net(x[n : n + 1]), Y[n : n + 1])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]))
+    found, j = (
+        fk.EmpiricalFisher(net, [(X, Y), (far, Y)], likelihood=likelihood, structure=structure),
+        torch.stack(rows),
+    )
+    expected = j.mT @ j / len(j)
+    torch.testing.assert_close(found.to_dense(), expected if structure == "full" else expected.diag().diag())
 
 
 SWITCH = {"on": False}
@@ -211,6 +239,23 @@ def test_step__of_a_function_that_comes_later(optimizer: Any, kind: str, monkeyp
     monkeypatch.setitem(SWITCH, "on", True)
     with pytest.raises(fk.ModelError, match="not linear"):
         net(X)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *TOGETHER])
+@pytest.mark.parametrize("way", WAYS)
+def test_step__of_a_change_that_only_later_batches_meet(way: str, change: str) -> None:
+    kind = ["ef", "exact", "sf", "truncated:2"][(len(way) + len(change)) % 4]
+    net = OfLarge(lambda g: (CHANGES | TOGETHER)[change](g) if net.large else g, way)
+    own: Any = fk.optim.NaturalGradient(net, lr=0.1, kind=kind, damping=0.1)
+    if len(change) % 2:
+        own = fk.optim.Preconditioner(net, kind=kind, damping=0.1, update_every=1)
+    for x in (X, X + 1):
+        F.cross_entropy(net(x), Y).backward()
+        own.step()
+    if way == "parameter" and (kind == "ef" or "largest" in change or change == "without its mean"):
+        return  # rows are made one at a time; the largest of δxᵀ are where x is largest
+    with pytest.raises(fk.ModelError, match=r"not linear|change with the rest"):
+        net(100 * X)
 
 
 @pytest.mark.parametrize("way", ["function", "module"])

@@ -297,6 +297,15 @@ def test_squares__that_overflow_are_refused_by_name(kind: str, options: dict[str
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+def test_squares__that_overflow_in_a_streamed_product_are_refused(kind: str) -> None:
+    model, data = large(1e21, torch.float32)
+    data, likelihood = (data, "categorical") if kind == "ef" else ([(x, None) for x, _ in data], "gaussian")
+    fisher = fk.FisherApproximation(model, data, kind, likelihood=likelihood, storage="stream")
+    with pytest.raises(fk.NonFiniteError, match=r"infinite sums of squares: .*'weight'.*too large for torch\.float32"):
+        _ = fisher @ torch.arange(float(fisher.size))
+
+
 @pytest.mark.parametrize("structure", [*STRUCTURES, "nkp"])
 @pytest.mark.parametrize("beside", [False, True], ids=["natural", "preconditioner"])
 def test_steps__of_squares_that_overflow_are_refused_and_change_nothing(structure: str, beside: bool) -> None:

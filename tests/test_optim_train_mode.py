@@ -190,6 +190,67 @@ def test_batch_norm__behind_dropout_sees_the_same_masks() -> None:
     close(before - flat(model), gram_update(J, s))
 
 
+# -- what examples do to each other in train mode alone ----------------------------------------------------------------
+
+
+class Centred(nn.Module):
+    """A batch norm of one's own, of statistics with or without a gradient."""
+
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        self.detached = detached
+        self.register_buffer("mean", torch.zeros(5, dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean: Any = self.mean
+        if self.training:
+            mean = x.detach().mean(0) if self.detached else x.mean(0)
+            self.mean = 0.9 * self.mean + 0.1 * mean.detach()
+        return x - mean
+
+
+CHANCE: dict[str, Any] = {
+    "dropout": lambda x: F.dropout(x, 0.4),
+    "mask": lambda x: x * (torch.rand_like(x) > 0.4) / 0.6,
+    "other mask": lambda x: x * (torch.rand(len(x), 1) < 0.6) / 0.6,
+    "depth": lambda x: x * x.new_empty(len(x), 1).bernoulli_(0.6),
+    "floor": lambda x: x * (0.6 + torch.rand(len(x), 1)).floor(),
+    "noise": lambda x: x + 0.1 * torch.randn_like(x),
+}
+
+
+class Chance(nn.Module):
+    """Noise in one of the usual ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return CHANCE[self.way](x) if self.training else x
+
+
+@pytest.mark.parametrize("way", CHANCE)
+@pytest.mark.parametrize("detached", [True, False])
+def test_chance__hides_no_layer_in_which_examples_meet(detached: bool, way: str) -> None:
+    model = mlp(Centred(detached), Chance(way)).train()
+    optimizer = natural(model, kind="ef" if len(way) % 2 else "exact", gram_damping=None, damping=0.1)
+    assert optimizer is not None
+    with pytest.raises(ModelError, match="change with the rest"):
+        model(X)
+
+
+@pytest.mark.parametrize("way", CHANCE)
+def test_chance__alone_is_no_reason_to_refuse(way: str) -> None:
+    model = mlp(Chance(way), nn.BatchNorm1d(5)).train()
+    optimizer = natural(model, kind="ef", gram_damping=None, damping=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(3):
+            backward(model, normal(6, 4, seed=seed))
+            optimizer.step()
+
+
 # -- mixed precision ---------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -38,7 +38,7 @@ from fisherkit.rows.company import Company
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, forward, influenced
-from fisherkit.rows.record import Recorder
+from fisherkit.rows.record import Recorder, Still
 from fisherkit.rows.verified import fingerprint, plan_of_call
 from fisherkit.rows.watched import Watched, refuse_reentrant
 from fisherkit.space import ParameterSpace, Selection
@@ -243,27 +243,30 @@ class Capture:
     def _refuse_influence(self, plan: Plan, batch: Batch, seen: Watched, coupled: list[str]) -> None:
         """Refuse a batch whose examples have other outputs or gradients than in other company, as builds do.
 
-        Passes of our own are in the model's own mode; in eval mode where that one draws numbers or couples examples.
+        Passes of our own are in the model's own mode, `Still` where that one draws numbers or couples examples; in eval
+        mode where it draws numbers of a kind that nothing sees.
 
         Raises:
             ModelError: they have.
 
-        Cost: as of `Company`, and a forward pass of the batch in eval mode.
+        Cost: as of `Company`, and a forward pass of the batch where the user's does not serve.
         """
         chance = seen.random or seen.drawn
         told = seen.replaced(drawn=False, numbers=batch.size if seen.drawn else seen.numbers)
         if not self._company.is_due(plan, batch.size, None, told):
             return
         batch = batch.to(plan.example_parameter.device)
-        if not (chance or coupled or torch.is_autocast_enabled(plan.example_parameter.device.type)):
+        alike = not (chance or coupled or torch.is_autocast_enabled(plan.example_parameter.device.type))
+        with self._watch.quiet(), without_autocast(), nullcontext() if alike else Still(plan.example_parameter.device):
             try:
-                with self._watch.quiet(), without_autocast():
-                    self._compare(plan, batch, told)
+                with plan.quiet():
+                    told = told if alike else told.replaced(z=batch.call(self.model))
+                self._compare(plan, batch, told)
                 return
             except ModelError:
-                with self._watch.quiet(), without_autocast(), plan.quiet():
+                with plan.quiet() as draws:
                     again = batch.call(self.model).detach()
-                if not self.model.training or torch.equal(again, seen.z.detach()):
+                if not self.model.training or (torch.equal(again, told.z.detach()) and not draws.happened):
                     raise  # else it draws numbers that were not seen
         with self._in_eval():
             with plan.quiet():
@@ -272,13 +275,11 @@ class Capture:
 
     def _refuse_nonlinear(self, plan: Plan, seen: Watched, coupled: list[str]) -> None:
         """Refuse rows that a backward pass which is not linear would not have."""
-        if (seen.custom or seen.hooked) and not plan.nonlinear:
-            with self._watch.quiet(), plan.quiet():
-                plan = plan.seen_with(seen)
-        if plan.nonlinear:  # rows along the gradient are multiples of the user's, but for those without a rule
-            ruled = {name for unit in plan.ruled for name in unit.names}
-            multiples = self.rule.along_gradient and not coupled
-            plan.refuse_nonlinear(f"{self.call}, forward pass", ruled if multiples else None)
+        # Rows along the gradient are multiples of the user's, but for those without a rule.
+        ruled = {name for unit in plan.ruled for name in unit.names}
+        multiples = self.rule.along_gradient and not coupled
+        with self._watch.quiet():
+            plan.refuse_nonlinear_here(seen, f"{self.call}, forward pass", ruled if multiples else None)
 
     def _by_owner(self, plan: Plan, batch: Batch, seen: Watched) -> bool:
         """Whether Kronecker factors count the positions of one example that outputs depend on, as those of several."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fisherkit.arithmetic import HALF
 from fisherkit.data import Batch
 from fisherkit.rows.differentiable import pulled_back
 from fisherkit.rows.generic import dense_gradient
@@ -60,8 +61,9 @@ class Company:
 
         So may numbers that the model's two first examples did not bring, as those that depend on the batch's size.
 
-        Cost: none where there are none, else a forward and two backward passes of a batch of each size, and one forward
-        pass more where the batch's own has led to other leaves than the parameters.
+        Cost: none where there are none, else a forward and two backward passes of a batch of each size; where there are
+        hooks or functions of users a forward and four backward passes of every batch. One forward pass more where the
+        batch's own has led to other leaves than the parameters.
         """
         if batch.size == 1 or not self._asks(plan, seen):
             return True
@@ -90,7 +92,8 @@ class Company:
 
     def _gradients(self, size: int, place: int | None, seen: Watched) -> tuple[dict[Hashable, bool], Hashable]:
         """Where it is noted that gradients were compared, and under which key."""
-        return {} if seen.decided and place is None else self._own, (size, seen.decided and place)
+        content = seen.decided or _is_users(seen)
+        return {} if content and place is None else self._own, (size, content and place)
 
 
 def _compare_two(plan: Plan, batch: Batch, seen: Watched, call: str) -> None:
@@ -126,18 +129,34 @@ def _require_alike_in_parts(plan: Plan, batch: Batch, seen: Watched, call: str) 
 
 
 def _has_own_gradients(plan: Plan, batch: Batch, seen: Watched) -> bool:
-    """Whether gradients of a batch are the sum of those of its parts, or of its examples where a statistic decides."""
+    """Whether gradients of a batch are the sum of those of its parts, or of its examples where a statistic decides.
+
+    Where users' code has a hand in them, gradients of large vectors as well, of which it may clip a norm.
+    """
     z, own = seen.z, list(plan.parameters.values())
+    large = 64.0 if {plan.coarsest, z.dtype}.intersection(HALF) else 2.0**30
+    scales = (1.0, large) if _is_users(seen) else (1.0,)
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+
+    def back(z: Tensor, v: Tensor) -> list[Sequence[Tensor | None]]:
+        return [pulled_back(z, own, v * scale) for scale in scales]
+
     with plan.quiet():
-        found = pulled_back(z, own, v)
-        if all(g is None for g in found):  # a pass that leads to other leaves
-            found = pulled_back(batch.call(plan.model), own, v)
-        whole = _flat(own, found)
+        found = back(z, v)
+        if all(g is None for g in found[0]):  # a pass that leads to other leaves
+            found = back(batch.call(plan.model), v)
+        whole = torch.stack([_flat(own, one) for one in found])
         sums = torch.zeros_like(whole)
         for piece in _pieces(batch.size, z.device, few=1, alone=seen.decided):
-            sums += _flat(own, pulled_back(batch.take(piece).call(plan.model), own, v[piece]))
-    return bool((whole - sums).norm() <= tolerance(plan.example_parameter.dtype, plan.coarsest) * sums.norm())
+            part = back(batch.take(piece).call(plan.model), v[piece])
+            sums += torch.stack([_flat(own, one) for one in part])
+    allowed = tolerance(plan.example_parameter.dtype, plan.coarsest) * sums.norm(dim=1)
+    return bool(((whole - sums).norm(dim=1) <= allowed).all())
+
+
+def _is_users(seen: Watched) -> bool:
+    """Whether functions or hooks of users may change gradients, in one batch and not in another."""
+    return seen.hooked or bool(seen.custom)
 
 
 def _pieces(size: int, device: torch.device, *, few: int = 2, alone: bool = False) -> Sequence[Tensor]:

@@ -243,24 +243,12 @@ class Plan(Findings):
         """The space's blocks, joined where a unit spans two modules."""
         return tuple(self.space.joined_blocks(unit.names for unit in self.units))
 
-    def seen_with(self, seen: Watched) -> Plan:
-        """With what users' functions and hooks in a later batch, which two examples did not meet, make of gradients."""
-        new = seen.custom - self.custom or (seen.hooked and not self.probe.hooked)
-        met = "linear", seen.custom, seen.hooked
-        if not new or met in self.tried.seen:
-            return self
-        found = replace(self, nonlinear=self.nonlinear | nonlinear(self, seen))
-        if not found.nonlinear:
-            self.tried.seen.add(met)
-        return found
-
-    def refuse_nonlinear_here(self, seen: Watched, call: str) -> None:
+    def refuse_nonlinear_here(self, seen: Watched, call: str, names: Collection[str] | None = None) -> None:
         """As `refuse_nonlinear`, by the examples of a batch, where functions and hooks that are known may do otherwise.
 
-        Cost: none where there are neither functions nor hooks of users, else two backward passes.
+        Cost: none where there are neither functions nor hooks of users, else four backward passes.
         """
-        if names := self.seen_with(seen).nonlinear or nonlinear(self, seen, sums=False):
-            replace(self, nonlinear=names).refuse_nonlinear(call)
+        replace(self, nonlinear=self.nonlinear | nonlinear(self, seen)).refuse_nonlinear(call, names)
 
     def refuse_nonlinear(self, call: str, names: Collection[str] | None = None) -> None:
         """Refuse rows of other vectors, or multiples of vectors, than autograd itself is given.
@@ -473,40 +461,33 @@ class _Reference:
         return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
 
 
-def nonlinear(plan: Plan, watched: Watched, *, sums: bool = True) -> frozenset[str]:
-    """The parameters whose gradients do not follow a multiple or a sum of output vectors, as clipped ones do not.
+def nonlinear(plan: Plan, watched: Watched) -> frozenset[str]:
+    """The parameters whose gradients do not follow a sum of multiples of output vectors, as clipped ones do not.
 
-    Cost: none where the graph has neither functions nor hooks of users; else five backward passes of what was watched,
-    and two without ``sums``, which functions of the largest entry alone do not follow.
+    Cost: none where the graph has neither functions nor hooks of users; else four backward passes of what was watched.
     """
     own, z = plan.parameters, watched.z
     if not (watched.hooked or watched.custom or any(p._backward_hooks for p in own.values())):
         return frozenset()
-    drawn = torch.Generator(z.device).manual_seed(1)
-    v, w = (torch.randn(z.shape, generator=drawn, dtype=at_least_single(z.dtype), device=z.device).to(z) for _ in "vw")
+    drawn, examples = torch.Generator(z.device).manual_seed(1), torch.arange(len(z), device=z.device)
+    v = torch.randn(3, *z.shape, generator=drawn, dtype=at_least_single(z.dtype), device=z.device)
+    v[examples % 3, examples] *= 8  # so that what only does something to the largest entry meets others in each
     half = bool({watched.coarsest, z.dtype}.intersection(HALF))  # where small gradients lose their digits
     usual, large, small = (16.0, 64.0, 256.0) if half else (1.0, 2.0**30, 2.0**-30)
 
     def back(vector: Tensor, scale: float = usual) -> list[Tensor]:
         with plan.quiet():  # functions may draw
-            grads = pulled_back(z, list(own.values()), vector * scale)
+            grads = pulled_back(z, list(own.values()), (vector * scale).to(z))
         found = [dense_gradient(p, g) / scale for p, g in zip(own.values(), grads, strict=True)]
         overflows = abs(scale) > 1 and not all_finite(*found)  # in half precision that no forward pass shows
         return back(vector, scale / 16) if overflows else found
 
-    names: set[str] = set()
-    if sums:
-        one = back(v)
-        both = [a + b for a, b in zip(one, back(w), strict=True)]
-        pairs = [(both, back(v + w)), (one, back(v, -large)), (one, back(v, small))]
-    else:
-        pairs = [(back(v, small), back(v, -large))]
-    for expected, got in pairs:
-        errors = torch.stack([(a - b).norm() for a, b in zip(expected, got, strict=True)])
-        norms = torch.stack([a.norm() for a in expected])
-        right = errors <= tolerance(z.dtype, plan.coarsest) * torch.maximum(norms, 1e-3 * norms.norm())
-        names.update(name for name, holds in zip(own, right.tolist(), strict=True) if not holds)
-    return frozenset(names)
+    parts = back(v[0]), back(v[1], small), back(v[2], -large)
+    expected = [a + b + c for a, b, c in zip(*parts, strict=True)]
+    errors = torch.stack([(a - b).norm() for a, b in zip(expected, back(v.sum(0)), strict=True)])
+    norms = torch.stack([a.norm() for a in expected])
+    right = errors <= tolerance(z.dtype, plan.coarsest) * torch.maximum(norms, 1e-3 * norms.norm())
+    return frozenset(name for name, holds in zip(own, right.tolist(), strict=True) if not holds)
 
 
 def tolerance(dtype: torch.dtype, coarsest: torch.dtype) -> float:

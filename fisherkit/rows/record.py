@@ -22,11 +22,12 @@ from torch.utils.hooks import RemovableHandle
 
 from fisherkit.data import map_tensors
 from fisherkit.errors import ModelError
-from fisherkit.rows.batch_axis import Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
+from fisherkit.randomness import untouched_rng
+from fisherkit.rows.batch_axis import DRAWS, Axis, Mark, Tracker, is_elementwise, is_expansion, tensors
 from fisherkit.rows.derived import SAME, TURNED, Derivations, Derived, is_gather
 from fisherkit.rows.differentiable import version_of
 from fisherkit.rows.ownership import coarser
-from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, drops_out, unrolled
+from fisherkit.rows.recurrent import RECURRENT, can_be_unrolled, drops_out, is_packed, unrolled
 from fisherkit.rows.rules import (
     ADDED,
     BATCH_NORM,
@@ -479,6 +480,49 @@ def _refuse(
             why="examples lie along axis 0, and here all their tokens lie in one row",
             try_="torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=i) and padding_idx=i",
         )  # fmt: skip
+
+
+class Still(TorchFunctionMode):
+    """Train mode without chance or statistics of batch norms: what is left of it in which examples may meet.
+
+    Dropout does nothing, what is drawn is everywhere the same number, an order is the reverse one, and batch norm takes
+    its running statistics.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function, where it can be, without its chance."""
+        kwargs = kwargs or {}
+        place, name, value = _IN_TRAINING.get(func, (6 + is_packed(args), "", False))
+        if func is F.batch_norm and args[1] is None:
+            return func(*args, **kwargs)  # which has no statistics but the batch's
+        if drops_out(func, args) or (name and len(args) > place):
+            args = (*args[:place], value, *args[place + 1 :])
+        elif name:
+            kwargs = {**kwargs, name: value}
+        if func not in DRAWS:
+            return func(*args, **kwargs)
+        with untouched_rng([self._device]), torch.no_grad():
+            output = func(*args, **kwargs)
+            if func is torch.randperm:
+                return output.sort(descending=True).values
+            # Enough for "drawn > p" and for "drawn < 1 - p" of usual rates.
+            return output.fill_(0.51 if output.is_floating_point() else output.dtype == torch.bool)
+
+
+_IN_TRAINING: dict[Callable[..., Any], tuple[int, str, Any]] = {
+    **dict.fromkeys(DROPOUTS, (2, "training", False)),  # type: ignore[arg-type]
+    F.rrelu: (3, "training", False),
+    F.batch_norm: (5, "training", False),
+    F.scaled_dot_product_attention: (4, "dropout_p", 0.0),
+    F.multi_head_attention_forward: (13, "training", False),
+}
+"""Functions that do something else in training, and where and how they are told not to."""
 
 
 def _with_constants(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

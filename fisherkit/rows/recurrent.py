@@ -35,7 +35,7 @@ def drops_out(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether a call is a recurrent layer's with active dropout between its layers."""
     if function not in RECURRENT or len(args) != 9:
         return False
-    layers, dropout, training = args[5:8] if _packed(args) else args[4:7]
+    layers, dropout, training = args[5:8] if is_packed(args) else args[4:7]
     return layers > 1 and dropout > 0 and bool(training)
 
 
@@ -50,7 +50,7 @@ def unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[tuple
     axis = 1 if args[8] else 0
     steps: Steps = functools.partial(torch.unbind, dim=axis), functools.partial(torch.stack, dim=axis)
     x, states, flat, biased, layers, _, _, both = args[:8]
-    if _packed(args):
+    if is_packed(args):
         sizes = args[1].tolist()
         steps = (lambda x: x.split(sizes)), torch.cat
         x, _, states, flat, biased, layers, _, _, both = args
@@ -70,9 +70,9 @@ def unrolled(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[tuple
     return (x, *(last if paired else last[:1])), maps
 
 
-def _packed(args: tuple[Any, ...]) -> bool:
+def is_packed(args: tuple[Any, ...]) -> bool:
     """Whether a call is of packed sequences, of which it says how many have each step."""
-    return isinstance(args[1], Tensor) and args[1].ndim == 1
+    return len(args) == 9 and isinstance(args[1], Tensor) and args[1].ndim == 1
 
 
 def _layer(

@@ -84,7 +84,7 @@ class StreamedRows(RowSource):
     def product(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
         """JᵀJ U in one pass, which also counts if that has not been done."""
         if not self.matrix_free:
-            return self._sum(lambda rows: rows.product(u), "product", torch.zeros_like(u))
+            return self._finite(self._sum(lambda rows: rows.product(u), "product", torch.zeros_like(u)))
         if u.shape[1] > 1:
             _ = self.tally  # what is vectorised cannot be watched
         counts: list[Tally] | None = None if self.counted else []
@@ -102,10 +102,13 @@ class StreamedRows(RowSource):
                 counts.append(count(seen))
         total = torch.zeros_like(u) if total is None else total
         self.counted = self.counted or Tally.of(counts or [])
-        if not all_finite(total):
-            for _ in self.problem.chunks("product"):
-                pass  # the rows themselves say which batch and module it is
-        return total
+        return self._finite(total)
+
+    def _finite(self, product: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        """A product, refused if it is not finite because rows or their squares are not, which they say themselves."""
+        if not all_finite(product):
+            self.squared_sum()
+        return product
 
     def matmul(self, u: Float[Tensor, "D K"]) -> Float[Tensor, "R K"]:
         """J U in one pass."""
