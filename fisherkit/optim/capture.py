@@ -246,7 +246,7 @@ class Capture:
         """
         chance = seen.random or seen.drawn
         told = seen.replaced(drawn=False, numbers=batch.size if seen.drawn else seen.numbers)
-        if not self._company.is_due(plan, batch.size, None, told):
+        if not self._company.is_due(plan, batch.size, told):
             return
         batch = batch.to(plan.example_parameter.device)
         if not (chance or coupled or torch.is_autocast_enabled(plan.example_parameter.device.type)):

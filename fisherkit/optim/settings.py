@@ -131,13 +131,9 @@ def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     None is for all, also those that do not require a gradient yet. Of a model that `fully_shard` has sharded,
     parameters are shards afterwards, which have the gradients.
     """
-    params = _every if params is None else params
+    params = (lambda _name, _parameter: True) if params is None else params
     if isinstance(model, nn.Module):
         reshard(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module, without_prefix(params, PARALLEL)
     return model, params
-
-
-def _every(name: str, parameter: nn.Parameter) -> bool:
-    return True
