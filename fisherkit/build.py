@@ -179,8 +179,7 @@ class Builder:
         self.problem = replace(
             self.problem, summed=not structure.needs_rows, by_owner=by_owner, revisable=True, budget=self.budget,
             folds=self.folds,
-        )  # fmt: skip
-        self.problem.measure()
+        ).measured()  # fmt: skip
         for unit in self.problem.plan.ruled:
             # Only rows that are kept gain from being written out; sums are taken from the factors.
             unit.stored = unit.stored and structure.keeps_rows
@@ -507,9 +506,7 @@ class Builder:
             part, scale = "full, streamed rows", self._scale(tally)
             fits = self.needed <= self.budget
             reason = f'{need}, storage="stream"' if fits else f"{need}, the budget is {readable(self.budget)}"
-        whole = LowRankOperator(
-            rows, scale, dtype=structure.dtype, device=structure.device, memory_budget=self.budget
-        )  # fmt: skip
+        whole = LowRankOperator(rows, scale, dtype=structure.dtype, device=structure.device, memory_budget=self.budget)
         names = (unit.names for unit in self.problem.plan.units)
         return whole, dict.fromkeys(names, Part.of(whole, part, reason)), tally
 

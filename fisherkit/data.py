@@ -226,14 +226,10 @@ class Batch:
             targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], ignore_index)], 1)
         return self if targets is self.targets else dataclasses.replace(self, targets=targets)
 
-    def leaves(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch]]:
-        """The tensors that have the batch axis, and the function that puts others in their place."""
-
-        def rebuild(replacements: list[Tensor]) -> Batch:
-            pending = iter(replacements)
-            return self._map_batched(lambda _: next(pending), targets=None, size=replacements[0].shape[0])
-
-        return self.batched, rebuild
+    def rebuilt(self, batched: list[Tensor]) -> Batch:
+        """With others in the place of the tensors that have the batch axis, and without targets."""
+        pending = iter(batched)
+        return self._map_batched(lambda _: next(pending), targets=None, size=batched[0].shape[0])
 
     @cached_property
     def batched(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ operator by `build`. As an operator it forwards to the one that was built.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +36,7 @@ from fisherkit.rows.verified import joint_plan, plan_of
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.structures import Structure, structure_named
 from fisherkit.vectors import rule_of
-from fisherkit.wrappers import unwrapped, with_full_weights, wrapped_in
+from fisherkit.wrappers import unwrapped, with_full_weights, without_prefix, wrapped_in
 
 T = TypeVar("T")
 
@@ -399,9 +399,7 @@ def build_file(
     return open_file(path) if processes is None else open_together(path, processes, call)
 
 
-def _asked(
-    call: str, model: nn.Module, data: Data, kind: str | OutputRule, options: Mapping[str, Any]
-) -> _Asked:  # fmt: skip
+def _asked(call: str, model: nn.Module, data: Data, kind: str | OutputRule, options: Mapping[str, Any]) -> _Asked:
     """With the defaults of `FisherApproximation`."""
     bound = inspect.signature(FisherApproximation).bind(model, data, kind, **options)
     bound.apply_defaults()
@@ -411,12 +409,7 @@ def _asked(
 
 def within_wrappers(model: nn.Module, params: Selection) -> tuple[nn.Module, Selection]:
     """The model inside its wrappers, with all of its weights, and the selection by its own names."""
-    prefix = wrapped_in(model)
-    if prefix and isinstance(params, str):
-        params = params.removeprefix(prefix)
-    if prefix and isinstance(params, Iterable) and not isinstance(params, str):
-        params = [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
-    return with_full_weights(unwrapped(model)), params
+    return with_full_weights(unwrapped(model)), without_prefix(params, wrapped_in(model))
 
 
 def _refuse_unfit(call: str, o: SimpleNamespace, structure: type[Structure]) -> None:

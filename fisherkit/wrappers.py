@@ -42,6 +42,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return functools.reduce(getattr, wrapped_in(model).split(".")[:-1], model)
 
 
+def without_prefix(params: Any, prefix: str) -> Any:
+    """Names, or one name, without what wrappers put before them; any other choice of parameters as it is."""
+    if isinstance(params, str):
+        return params.removeprefix(prefix)
+    if not isinstance(params, Iterable):
+        return params
+    return [name.removeprefix(prefix) if isinstance(name, str) else name for name in params]
+
+
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` has been applied to any part of a model."""
     return bool(_sharded_modules(model))

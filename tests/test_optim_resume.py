@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -211,7 +212,8 @@ def test_load__of_a_state_of_before_momentum_was_kept(momentum: float) -> None:
     old, new, whole = (Run({**SETTINGS["kfac"], "layer_rms": 0.1}, True) for _ in range(3))
     for run in (old, new, whole):
         assert run.preconditioner is not None
-        run.preconditioner._curvature.gradient_momentum = momentum
+        own = run.preconditioner._curvature
+        own.settings = replace(own.settings, gradient_momentum=momentum)
     old.steps(0, CUT)
     state = through_file(old.state())
     assert ("momentum" in state["preconditioner"]) == (momentum > 0)

@@ -191,7 +191,7 @@ def test_batch_axis__layers_that_are_written_to_in_place_keep_it() -> None:
     space, batch = fk.ParameterSpace.of(model, None), fk.data.Batch.of((torch.randn(5, 4, dtype=F64), None), "")
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(space.names) == 4
-    assert Watched.of(model, Recorder(names, batch.size, batch.leaves()[0]), batch).regular
+    assert Watched.of(model, Recorder(names, batch.size, batch.batched), batch).regular
 
 
 # -- positions that nothing mixes are examples of their own ------------------------------------------------------------

@@ -37,8 +37,7 @@ def loss_rows(family: str, *, lean: bool) -> Rows:
     plan = plan_for(of.model, fk.ParameterSpace.of(of.model, of.params), source.first())
     made = Problem(
         plan, source, fk.likelihoods.resolve(of.likelihood), EmpiricalVectors(), False, False, None, False
-    )  # fmt: skip
-    made.measure()
+    ).measured()  # fmt: skip
     made.choose(lean=lean)
     return next(iter(made.batches("rows"))).rows
 

@@ -20,7 +20,7 @@ from fisherkit.model_state import tensors_hash
 from fisherkit.operators import split
 from fisherkit.operators.persistence import renamed
 from fisherkit.space import ParameterSpace
-from fisherkit.wrappers import matching, plain, unwrapped, wrapped_in
+from fisherkit.wrappers import PARALLEL, matching, plain, unwrapped, without_prefix, wrapped_in
 from tests import by_hand
 from tests.axes import paired
 
@@ -308,3 +308,11 @@ def test_renamed__is_the_same_operator(structure: str) -> None:
     assert new.metadata == fisher.metadata
     assert [p.space.names for p in split(new)] == [tuple(f"x.{n}" for n in p.space.names) for p in split(fisher)]
     assert renamed(fisher, {name: name for name in NAMES}) is fisher
+
+
+@pytest.mark.parametrize(
+    ("params", "own"),
+    [("module.0.*", "0.*"), (["module.0.weight", "1.bias"], ["0.weight", "1.bias"]), (None, None)],
+)
+def test_without_prefix__takes_one_name_as_several(params: Any, own: Any) -> None:
+    assert without_prefix(params, PARALLEL) == own

@@ -302,8 +302,7 @@ class ModelRows:
         problem = Problem(
             plan, source, self.likelihood, rule, token, self.shift_labels, self.chunk_size, self.progress,
             budget=self.budget, shift_guessed=self._shift_guessed,
-        )  # fmt: skip
-        problem.measure()
+        ).measured()  # fmt: skip
         # Products may write a block's rows out. Kept, they have as few numbers as can be.
         problem.choose(lean=False)
         most = self.budget // 8 // max(1, problem.row_bytes(self.space.names))

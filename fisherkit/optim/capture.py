@@ -24,11 +24,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, model_device, outputs_of
 from fisherkit.errors import ModelError, listed, warn
-from fisherkit.likelihoods import Likelihood
 from fisherkit.optim.outputs import Seen, explained, seen_outputs
 from fisherkit.optim.passes import Captured, Pass, with_own_inputs
+from fisherkit.optim.settings import StepSettings
 from fisherkit.optim.watch import Watch
-from fisherkit.outputs import OutputRule
 from fisherkit.processes import Processes
 from fisherkit.randomness import RngState, device_generators, rng_state, untouched_rng
 from fisherkit.rows.base import TILE, RowSelection
@@ -54,25 +53,19 @@ class Capture:
     Args:
         model: the model.
         params: which parameters; those that do not require a gradient at a step are left out of it.
-        rule: the kind.
-        likelihood: p(y | z).
-        reduction: of the user's loss, for likelihoods whose targets do not show in the gradient.
-        written_out: whether rows may be written out where that is faster; Kronecker factors need them factored.
-        call: the user's class, for errors.
+        settings: whose kind, likelihood and reduction count here.
 
     Attributes:
         owner: the user's model, which has the gradients.
         offset: where numbers of examples begin, by which random labels are drawn.
     """
 
-    def __init__(
-        self, model: nn.Module, params: Selection, rule: OutputRule, likelihood: Likelihood, reduction: str,
-        *, written_out: bool, call: str,
-    ) -> None:  # fmt: skip
-        self.model, self.rule, self.likelihood, self.reduction, self.call = model, rule, likelihood, reduction, call
-        self.owner = model
-        self._written_out = written_out
-        self.space = ParameterSpace.of(model, (lambda _name, _parameter: True) if params is None else params)
+    def __init__(self, model: nn.Module, params: Selection, settings: StepSettings) -> None:
+        self.model = self.owner = model
+        self.settings, self.rule, self.call = settings, settings.captured, settings.call
+        # Rows are written out where that is faster; Kronecker factors need them factored.
+        self._written_out = settings.structure.keeps_rows
+        self.space = ParameterSpace.of(model, params)
         self.wanted = True
         self.finished: list[Captured] = []
         self.first: Tensor | None = None  # the largest output of the first pass
@@ -184,7 +177,8 @@ class Capture:
         if plan.generic:
             self._refuse_unfit(plan, coupled, random=recorder.random)
         again = bool(plan.generic or coupled or not watched.regular or plan.unruled(watched))
-        keep = batch if again else Batch((), _masks(batch), None, batch.size)
+        masks = {name: x for name, x in batch.kwargs.items() if name == "attention_mask"}
+        keep = batch if again else Batch((), masks, None, batch.size)  # all that is asked of it later
         watched = replace(watched, by_owner=True) if self._by_owner(plan, batch, watched) else watched
         own = [use for use in watched.uses if any(name in plan.space.slices for name in use.names)]
         uses = with_own_inputs(own, batch.batched)
@@ -253,7 +247,7 @@ class Capture:
         """
         chance = seen.random or seen.drawn
         told = seen.replaced(drawn=False, numbers=batch.size if seen.drawn else seen.numbers)
-        if not self._company.is_due(plan, batch.size, None, told):
+        if not self._company.is_due(plan, batch.size, told):
             return
         batch = batch.to(plan.example_parameter.device)
         alike = not (chance or coupled or torch.is_autocast_enabled(plan.example_parameter.device.type))
@@ -340,8 +334,10 @@ class Capture:
     @without_autocast()
     def _reached(self, one: Pass | None, gradient: Tensor | None) -> None:
         """The user's backward pass is at the model's outputs."""
-        if self.closed or gradient is None or self._watch.silent or not self._accumulating():
+        if self.closed or gradient is None or self._watch.silent:
             return
+        if not runs(get_gradient_edge(p).node for p in self._parameters.values() if p.requires_grad):
+            return  # what torch.autograd.grad finds leads to no step
         if one is None or one.gradient is not None:
             raise used_again(self.call)
         one.refuse_rewritten(self.call)
@@ -356,22 +352,13 @@ class Capture:
                 return
         if not one.coupled and not self.rule.along_gradient:
             one.chunks = self._own_rows(one, Linearized(one.plan, one.batch, one.watched))
-        elif not one.coupled and (self._due() or not self._through.get(id(one.plan), False)):
-            edges = [use.edge for use in one.uses]
-            with self._watch.quiet():
-                one.expected = torch.autograd.grad(
-                    one.z, edges, one.gradient, retain_graph=True, allow_unused=True
-                ) if edges else ()  # fmt: skip
+        elif not one.coupled:
+            self._passes += 1
+            if is_checked(self._passes) or not self._through.get(id(one.plan), False):  # for ways around the outputs
+                edges, options = one.watched.edges, {"retain_graph": True, "allow_unused": True}
+                with self._watch.quiet():
+                    one.expected = torch.autograd.grad(one.z, edges, one.gradient, **options) if edges else ()
         Variable._execution_engine.queue_callback(lambda: self._finish(one))
-
-    def _due(self) -> bool:
-        """Whether to look again for ways around the outputs."""
-        self._passes += 1
-        return is_checked(self._passes)
-
-    def _accumulating(self) -> bool:
-        """Whether the backward pass that runs adds to ``.grad``: what torch.autograd.grad finds leads to no step."""
-        return runs(get_gradient_edge(p).node for p in self._parameters.values() if p.requires_grad)
 
     @without_autocast()
     def _finish(self, one: Pass) -> None:
@@ -402,36 +389,38 @@ class Capture:
                     "the loss reaches layers in other ways than through the model's outputs (an auxiliary loss): rows "
                     "are those of the outputs, which costs one more backward pass a step. The gradient is unchanged."
                 )
-        if not self._through.get(place, True):
-            one.take_expected()
+        if not self._through.get(place, True):  # what came through the outputs takes the place of what arrived
+            pairs = zip(one.uses, one.expected, strict=True)
+            one.found = {id(use.edge): gradient for use, gradient in pairs if gradient is not None}
         one.expected = None
 
-    def _see(self, one: Pass, z: Tensor) -> Seen:
-        if one.seen is None:
-            gradient = torch.zeros_like(z) if one.gradient is None else one.gradient
-            if self.first is None:
-                self.first = z.detach().abs().max()
-            place = self.offset + self.examples
-            try:
-                one.seen = seen_outputs(z, gradient, self.likelihood, self.reduction, place, self.call)
-            except ModelError as error:
-                raise explained(error, [z], self.first) from None
-            self.examples += z.shape[0]
-        return one.seen
+    def _slots(self, one: Pass, z: Tensor) -> tuple[Seen, Slots]:
+        """What the gradient at a pass's outputs says of its targets, and the output vectors."""
+        if self.first is None:
+            self.first = z.detach().abs().max()
+        try:
+            one.seen = seen_outputs(z, one.gradient, self.settings, self.offset + self.examples)  # type: ignore[arg-type]
+        except ModelError as error:
+            raise explained(error, [z], self.first) from None
+        self.examples += z.shape[0]
+        slots = Slots.of(one.seen.outputs, self.rule, False, one.seen.counts, traced=False)
+        if self._written_out and id(one.plan) not in self._chosen:
+            self._chosen.add(id(one.plan))  # once: rows of the passes of a step are joined, so all are kept in one way
+            for unit in one.plan.ruled:
+                unit.choose(slots.number, lean=False)
+        return one.seen, slots
 
     def _users_rows(self, one: Pass) -> list[Chunk]:
         """Rows of vectors that are multiples of the loss gradient: the user's backward pass, scaled by example."""
         # Of a pass that needs no other, it is known that its uses are the plan's.
         linearized = Linearized(one.plan, one.batch, one.watched.replaced(z=one.z.detach()), shown=not one.again)
-        seen = self._see(one, one.z)
-        slots = Slots.of(seen.outputs, self.rule, False, seen.counts, traced=False)
-        self._choose(one.plan, slots)
+        seen, slots = self._slots(one, one.z)
         found = [one.found.get(id(edge)) for edge in linearized.watched.edges]
         gradients = [None if g is None else g.unsqueeze(0) for g in found]
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             known = Known(gradients, seen.scale_of(v[0]), one.multiplied)
-            shaped = self.likelihood.as_outputs(v, one.z.shape)
+            shaped = self.settings.likelihood.as_outputs(v, one.z.shape)
             if not one.again:
                 return linearized.rows(shaped, selection, known)
             # The engine switches gradients off in callbacks; rows of parameters without a rule need them.
@@ -442,9 +431,7 @@ class Capture:
 
     def _own_rows(self, one: Pass, linearized: Linearized) -> list[Chunk]:
         """Rows by a backward pass of our own."""
-        seen = self._see(one, linearized.z)
-        slots = Slots.of(seen.outputs, self.rule, False, seen.counts, traced=False)
-        self._choose(one.plan, slots)
+        seen, slots = self._slots(one, linearized.z)
         bare = one.bare and linearized.z is one.z
         alone, counting = slots.number == 1, None
         if not (alone or linearized.watched.regular):
@@ -452,17 +439,10 @@ class Capture:
 
         def rows(v: Float[Tensor, "k B P C"], selection: RowSelection) -> Rows:
             with self._watch.quiet(), torch.enable_grad() if bare else differentiable(self.model, ()):
-                shaped = self.likelihood.as_outputs(v, linearized.z.shape)
+                shaped = self.settings.likelihood.as_outputs(v, linearized.z.shape)
                 return linearized.rows(shaped, selection, alone=alone, counting=counting)
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
-
-    def _choose(self, plan: Plan, slots: Slots) -> None:
-        """Once: rows of the passes of a step are joined, so all must be kept in one way."""
-        if self._written_out and id(plan) not in self._chosen:
-            self._chosen.add(id(plan))
-            for unit in plan.ruled:
-                unit.choose(slots.number, lean=False)
 
     def _again(self, one: Pass) -> list[Chunk]:
         """Rows by one more forward pass, with the same random numbers, in which statistics are constants."""
@@ -528,9 +508,3 @@ def _with_rules(plan: Plan, old: Plan) -> Plan:
 def _used(watched: Watched) -> set[str]:
     """The parameters that functions of a pass were given."""
     return {name for use in watched.uses for name in use.names} | watched.outside_rules
-
-
-def _masks(batch: Batch) -> dict[str, Any]:
-    """The padding mask, all that is needed of a batch once it went through the model."""
-    mask = batch.kwargs.get("attention_mask")
-    return {} if mask is None else {"attention_mask": mask}

@@ -6,105 +6,53 @@ Owns the choice of structure and damping, the schedule of updates and the state 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fisherkit import likelihoods
-from fisherkit.arguments import check_choice, check_count, check_number, is_number
-from fisherkit.arithmetic import (
-    all_finite,
-    at_least_single,
-    finite_by,
-    may_overflow,
-    norms,
-    overflow,
-    square_bound,
-)
-from fisherkit.errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    ModelError,
-    NonFiniteError,
-    SingularMatrixError,
-    listed,
-)
-from fisherkit.likelihoods import Likelihood
+from fisherkit.arguments import is_number
+from fisherkit.arithmetic import all_finite, at_least_single, finite_by, may_overflow, norms, overflow, square_bound
+from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, SingularMatrixError, listed
 from fisherkit.model_state import check_checksum, with_checksum
-from fisherkit.operators import Damping, Factorization, FisherOperator, RelativeDamping
+from fisherkit.operators import Damping, Factorization, FisherOperator
 from fisherkit.optim.averages import Averages, LayerDamping
 from fisherkit.optim.capture import Capture, is_checked
-from fisherkit.optim.outputs import check_reduction, explained
+from fisherkit.optim.outputs import explained
 from fisherkit.optim.passes import Captured, lifted
 from fisherkit.optim.replay import Replay
 from fisherkit.optim.sample_space import Direction, damped, gram_direction
-from fisherkit.outputs import OutputRule
+from fisherkit.optim.settings import StepSettings
 from fisherkit.processes import Group, Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.shared import SharedRows
 from fisherkit.space import ParameterSpace, Selection, infinite
-from fisherkit.structures import structure_named
-from fisherkit.vectors import EmpiricalVectors, rule_of
-from fisherkit.wrappers import full, is_fully_sharded, reshard
+from fisherkit.wrappers import full, is_fully_sharded
+
+T = TypeVar("T")
 
 FIT = 1e-4
 """Below this ‖∂ℓ/∂z‖² an example's factor says nothing."""
 
 
 class Curvature:
-    """The Fisher of recent training steps, and gradients seen through it.
+    """The Fisher of recent training steps, and gradients seen through it."""
 
-    ``gram`` says whether the damping is the paper's, in the space of examples; all else is `NaturalGradient`'s.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, params: Selection, rule: OutputRule, likelihood: str | Likelihood | nn.Module,
-        structure: str, gram: bool, reduction: str, ema: float, update_every: int, refresh_every: int,
-        kfac_positions: str, max_rank: int | None, group: Group, call: str, gradient_momentum: float = 0.0,
-    ) -> None:  # fmt: skip
-        check_choice(call, "reduction", reduction, ("mean", "sum"))
-        check_choice(call, "kfac_positions", kfac_positions, ("expand", "reduce"))
-        chosen = structure_named(structure, call)
-        if not chosen.in_steps:
-            raise InvalidArgumentError(
-                call, f"structure={structure!r}", "a LayerStructure or a RowStructure",
-                why="steps average the records of layers, or take the rows of a batch",
-            )  # fmt: skip
-        resolved = likelihoods.resolve(likelihood, model)
-        check_reduction(resolved, reduction, call)
-        check_count(call, "update_every", update_every)
-        check_count(call, "refresh_every", refresh_every)
-        check_count(call, "max_rank", max_rank, optional=True)
-        for name, value in (("ema", ema), ("gradient_momentum", gradient_momentum)):
-            if not is_number(value) or not 0 <= value < 1:
-                raise InvalidArgumentError(call, f"{name}={value!r}", "a number from 0 to below 1")
-        if chosen.keeps_rows and (ema > 0 or update_every > 1 or gradient_momentum > 0):
-            got = f"structure={structure!r} with ema={ema} and update_every={update_every}"
-            raise InvalidArgumentError(
-                call, got + (f" and gradient_momentum={gradient_momentum}" if gradient_momentum else ""),
-                f"ema=0 and update_every=1{' and gradient_momentum=0' if gradient_momentum else ''}",
-                why="its rows are those of one batch", try_='structure="kfac" or "ekfac"',
-            )  # fmt: skip
-        self.call, self.structure, self.gram, self.reduction = call, structure, gram, reduction
-        self.update_every, self.gradient_momentum = update_every, gradient_momentum
-        self.rule = rule
-        self._power = rule.gradient_power if gram and chosen.keeps_rows else None
-        self.capture = (Replay if is_fully_sharded(model) else Capture)(
-            model, params, EmpiricalVectors() if self._power is not None else rule,
-            resolved, reduction, written_out=chosen.keeps_rows, call=call,
-        )  # fmt: skip
+    def __init__(self, model: nn.Module, params: Selection, settings: StepSettings, group: Group) -> None:
+        self.settings, self.call = settings, settings.call
+        self.capture = (Replay if is_fully_sharded(model) else Capture)(model, params, settings)
         self.averages = Averages(
-            chosen, ema=ema, refresh_every=refresh_every, reduce=kfac_positions == "reduce", max_rank=max_rank
-        )
-        self.processes = Processes.of(group, next(model.parameters()).device, call)
-        _refuse_other_processes(model, self.processes, call)
+            settings.structure, ema=settings.ema, refresh_every=settings.refresh_every,
+            reduce=settings.kfac_positions == "reduce", max_rank=settings.max_rank,
+        )  # fmt: skip
+        self.processes = Processes.of(group, next(model.parameters()).device, self.call)
+        _refuse_other_processes(model, self.processes, self.call)
         if self.processes is not None:  # labels are drawn for each process by itself
             self.capture.offset = self.processes.rank << 32
         self.steps = self.examples = 0
@@ -117,7 +65,7 @@ class Curvature:
     @property
     def due(self) -> bool:
         """Whether the next step updates the Fisher."""
-        return self.steps % self.update_every == 0
+        return self.steps % self.settings.update_every == 0
 
     def gradients(self, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Those that are there, dense and whole, of parameters that may take part; the step's rows are at hand then.
@@ -140,41 +88,19 @@ class Curvature:
         except (NonFiniteError, SingularMatrixError) as error:
             raise explained(error, outputs, self.capture.first) from error
 
-    def say_if_diverged(self, own: Mapping[str, nn.Parameter]) -> None:
-        """Warn once, beside gradients that are not finite, of parameters that are not: no scaler's doing."""
-        if not all_finite(*own.values()):
-            self.capture.warn(
-                "the loss has diverged: parameters with NaN or infinite entries. Gradients are left as they are. "
-                "Try: a smaller learning rate, a larger damping, or trust_region=."
-            )
-
     def finite(self, gradients: Mapping[str, Tensor], settings: Mapping[str, object]) -> bool:
         """Whether gradients are finite, with one wait for the device for all that a step needs.
 
         Several processes must have ``settings`` alike, and all that decides about the Fisher.
         """
+        own = self._each(lambda: self._finite(gradients))
         if self.processes is None:
-            return self._finite(gradients)
-        call = f"{self.call}.step"
-        own = self.processes.each(call, lambda: self._finite(gradients))
-        told = {name: str(value) for name, value in {**self._settings, **settings}.items()}
+            return own
+        schedule = {"number of steps": self.steps, "number of updates": self.averages.updates}
+        told = {name: str(value) for name, value in {**self.settings.told, **schedule, **settings}.items()}
         everyones = self.processes.gathered((own, told))
-        self.processes.refuse_different(call, [told for _, told in everyones])
+        self.processes.refuse_different(f"{self.call}.step", [told for _, told in everyones])
         return all(own for own, _ in everyones)
-
-    @property
-    def _settings(self) -> dict[str, object]:
-        """What decides about the Fisher, and where its schedule stands."""
-        averages, rule = self.averages, self.rule
-        return {
-            "kind": (rule.kind_name, rule.kind_options()), "structure": self.structure, "gram_damping": self.gram,
-            "likelihood": self.capture.likelihood.recorded, "reduction": self.reduction, "ema": averages.ema,
-            "update_every": self.update_every, "refresh_every": averages.refresh_every,
-            "gradient_momentum": self.gradient_momentum,
-            "kfac_positions": "reduce" if averages.settings["reduce"] else "expand",
-            "max_rank": averages.settings["max_rank"],
-            "number of steps": self.steps, "number of updates": averages.updates,
-        }  # fmt: skip
 
     def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
         chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
@@ -217,20 +143,15 @@ class Curvature:
                 block structures.
             InvalidArgumentError: a `LayerDamping` of a structure that keeps rows.
         """
-        due = self.due
-        processes = self.processes
-        if processes is None:
-            captured, space = self._taken()
-            if due:
-                self._refuse_strays(own, gradients, space)
-        else:
-            captured, space = processes.each(f"{self.call}.step", self._taken)
+        due, processes = self.due, self.processes
+        captured, space = self._each(self._taken)
+        if processes is not None:
             space = self._used_anywhere(space, processes)
-            if due:
-                processes.each(f"{self.call}.step", lambda: self._refuse_strays(own, gradients, space))
+        if due:
+            self._each(lambda: self._refuse_strays(own, gradients, space))
         examples = sum(one.counted for one in captured)
-        if self.processes is not None:
-            everyones = self.processes.gathered((examples, self.capture.examples))
+        if processes is not None:
+            everyones = processes.gathered((examples, self.capture.examples))
             examples = sum(own for own, _ in everyones)
             # The same in all, as what a state dict holds must be: of a checkpoint, each process writes some entries.
             self.capture.examples = max(seen for _, seen in everyones)
@@ -245,7 +166,7 @@ class Curvature:
         if self.averages.structure.keeps_rows:
             if isinstance(damping, LayerDamping):
                 raise InvalidArgumentError(
-                    self.call, f"{damping} with structure={self.structure!r}", "a number",
+                    self.call, f"{damping} with structure={self.settings.structure.name!r}", "a number",
                     why="a structure that keeps rows is no product of layers",
                     try_=f"damping=fk.RelativeDamping({damping.scale:g}), a multiple of this batch's mean eigenvalue",
                 )  # fmt: skip
@@ -266,11 +187,15 @@ class Curvature:
         self._expect()
         return space, direction
 
+    def _each(self, work: Callable[[], T]) -> T:
+        """What comes of work that each process does, or fails in, for itself."""
+        return work() if self.processes is None else self.processes.each(f"{self.call}.step", work)
+
     def _taken(self) -> tuple[list[Captured], ParameterSpace]:
         """What was captured, and the parameters that take part."""
         captured, due = lifted(self.capture.take()), self.due
         # A summed loss is divided by the number of its own examples, also where no update is due.
-        joint = self._joint_space(captured) if due or self.reduction == "sum" else None
+        joint = self._joint_space(captured) if due or self.settings.reduction == "sum" else None
         return captured, self.averages.space(self.capture.space) if joint is None or not due else joint
 
     def _used_anywhere(self, space: ParameterSpace, processes: Processes) -> ParameterSpace:
@@ -281,14 +206,14 @@ class Curvature:
             raise ModelError(
                 f"{self.call}.step", f"parameters that some processes' outputs depend on and others' do not: "
                 f"{listed(odd, 4)}", "the same in all",
-                why=f'structure="{self.structure}" keeps rows over the same parameters in all processes',
+                why=f'structure="{self.settings.structure.name}" keeps rows over the same parameters in all processes',
                 try_='structure="kfac", "ekfac" or "diagonal"',
             )  # fmt: skip
         return self.capture.space.restrict(name for names in everyones for name in names)
 
     def _expect(self) -> None:
         """Say whether the next step is to be watched."""
-        self.capture.wanted = self.due or self.reduction == "sum"
+        self.capture.wanted = self.due or self.settings.reduction == "sum"
 
     def _scale(self, one: Captured, passes: int = 0) -> float:
         """What rows of one of so many passes, or of all, lack to the scale of the likelihood's own gradient."""
@@ -300,7 +225,7 @@ class Curvature:
         missing = one.seen.correction(passes)
         if missing != 1 and not self.capture.rule.scale_free:
             raise ModelError(
-                f"{self.call}.step", f"{passes} passes of a {self.capture.likelihood.name} likelihood in one step",
+                f"{self.call}.step", f"{passes} passes of a {self.settings.likelihood.name} likelihood in one step",
                 "one", why="the loss gradients' scale is known afterwards, and this kind's vectors depend on it",
                 try_="one forward pass a step, or another kind",
             )  # fmt: skip
@@ -312,8 +237,8 @@ class Curvature:
     ) -> None:
         if not is_checked(self.steps + 1) or not all(one.seen.calibrated for one in captured):
             return
-        if self._power is None:
-            said = [wrong_reduction(captured, self.reduction, sum(one.counted for one in captured))]
+        if self.settings.power is None:
+            said = [wrong_reduction(captured, self.settings.reduction, sum(one.counted for one in captured))]
         elif self.processes is None:
             mean = self._mean(gradients, space, self.examples)
             said = [ignored_weights(captured), ignored_terms(captured, mean)]
@@ -327,8 +252,8 @@ class Curvature:
         processes = self.processes
         structure = self.averages.structure.of(plan, processes=processes)
         chunks = (chunk for one in captured for chunk in self._chunks(one, len(captured)))
-        if self._power is not None and is_number(damping):
-            targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
+        if (power := self.settings.power) is not None and is_number(damping):
+            targets = torch.cat([_targets(one, power, len(captured)) for one in captured])
             rows: Rows | SharedRows = Rows.taken_from([chunk.rows for chunk in chunks])
             if processes is not None:
                 rows = SharedRows(rows, processes)
@@ -350,7 +275,7 @@ class Curvature:
                 self._inverse = effective, effective.factorize(self._operator)
             else:
                 self._inverse = effective, [self._operator.factorize(effective)]
-        if mu := self.gradient_momentum:
+        if mu := self.settings.gradient_momentum:
             old = self._momentum
             new = [g.add(old[n], alpha=mu) if n in old else g for n, g in space.unflatten(gradient).items()]
             buffer = torch.cat([m.flatten() for m in new])
@@ -359,14 +284,12 @@ class Curvature:
 
     def _effective(self, damping: Damping) -> Damping:
         """Beside F = (1/N) Σ: the paper's damping is beside the sum."""
-        return damping / self.examples if self.gram and is_number(damping) else damping
+        return damping / self.examples if self.settings.gram and is_number(damping) else damping
 
     def _refuse_strays(
         self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], space: ParameterSpace
     ) -> None:
-        rest = [(n, g) for n, g in gradients.items() if n not in space.slices and own[n].requires_grad]
-        strays = [name for name, gradient in rest if bool(gradient.any())]
-        if strays:
+        if strays := _outside(own, gradients, space, set()):
             raise ModelError(
                 f"{self.call}.step",
                 f"a gradient for parameters that the outputs did not depend on in the first batch: {strays[:4]}",
@@ -378,14 +301,12 @@ class Curvature:
         self, own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], space: ParameterSpace
     ) -> None:
         """Say of which layers F knows nothing yet, whose gradients come in a step without an update."""
-        rest = [name for name in gradients if name not in space.slices and own[name].requires_grad]
-        new = [name for name in rest if name not in self._strays and bool(gradients[name].any())]
-        if new:
+        if new := _outside(own, gradients, space, self._strays):
             self._strays.update(new)
             self.capture.warn(
                 f"gradients of {listed(map(repr, new), 4)} are left as they are: the batch of the last update, one in "
-                f"{self.update_every} steps, did not use them. Try: update_every=1, or params= without them and a "
-                "second optimizer."
+                f"{self.settings.update_every} steps, did not use them. Try: update_every=1, or params= without them "
+                "and a second optimizer."
             )
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
@@ -414,11 +335,11 @@ class Curvature:
         like = next(iter(gradients.values()))
         pairs = zip(space.names, space.sizes, strict=True)
         flat = torch.cat([gradients[n].reshape(-1) if n in gradients else like.new_zeros(size) for n, size in pairs])
-        flat = flat.to(at_least_single(flat.dtype))
+        flat, summed = flat.to(at_least_single(flat.dtype)), self.settings.reduction == "sum"
         if self.processes is not None:
             self.processes.require_alike(f"{self.call}.step", flat)
-            flat = flat * self.processes.size if self.reduction == "sum" else flat  # what was averaged over processes
-        return flat / max(examples, 1) if self.reduction == "sum" else flat
+            flat = flat * self.processes.size if summed else flat  # what was averaged over processes
+        return flat / max(examples, 1) if summed else flat
 
     @property
     def _parameters(self) -> dict[str, str]:
@@ -430,10 +351,9 @@ class Curvature:
     def state_dict(self) -> dict[str, Any]:
         """Settings, counters and running averages, with a checksum of them."""
         state = {
-            "kind": self.rule.kind_name, "options": self.rule.kind_options(), "structure": self.structure,
-            "gram": self.gram, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
+            **self.settings.recorded, "steps": self.steps, "examples": self.examples, "seen": self.capture.examples,
             "updates": self.averages.updates, "averages": self.averages.state(),
-            "parameters": json.dumps(self._parameters), "likelihood": self.capture.likelihood.recorded,
+            "parameters": json.dumps(self._parameters),
         }  # fmt: skip
         return with_checksum({**state, "momentum": dict(self._momentum)} if self._momentum else state)
 
@@ -446,12 +366,9 @@ class Curvature:
         """
         call = f"{self.call}.load_state_dict"
         check_has(state, ("kind", "structure", "gram", "steps", "examples", "seen", "updates"), self.call)
-        state = _with_empty(state)
+        state = {"options": {}, "averages": [], **state}  # torch.distributed.checkpoint leaves out what is empty
         check_checksum(state, call)
-        for key, value in (
-            ("kind", self.rule.kind_name), ("options", self.rule.kind_options()),
-            ("structure", self.structure), ("gram", self.gram), ("likelihood", self.capture.likelihood.recorded),
-        ):  # fmt: skip
+        for key, value in self.settings.recorded.items():
             if key in state and state[key] != value:  # states of before do not name the likelihood
                 raise InvalidArgumentError(
                     call, f"a state with {key} = {state[key]!r}", repr(value),
@@ -463,7 +380,7 @@ class Curvature:
             known = dict(json.loads(state["parameters"])) if "parameters" in state else own
             fits = known == own
             records = self.averages.read(state["averages"] if fits else [], parameters, state["updates"])
-            momentum = state.get("momentum", {}) if fits and self.gradient_momentum else {}
+            momentum = state.get("momentum", {}) if fits and self.settings.gradient_momentum else {}
             of = {name: parameters[name] for name in momentum}
             kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # without a checksum
@@ -489,9 +406,12 @@ class Curvature:
         return finish
 
 
-def _with_empty(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with the empty containers that torch.distributed.checkpoint leaves out."""
-    return {"options": {}, "averages": [], **state}
+def _outside(
+    own: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], space: ParameterSpace, known: Container[str]
+) -> list[str]:
+    """Trainable parameters outside of the space, but for those that are known, with gradients that are not 0."""
+    rest = [name for name in gradients if name not in space.slices and own[name].requires_grad and name not in known]
+    return [name for name in rest if bool(gradients[name].any())]
 
 
 _MAKERS = {"curvature": "NaturalGradient", "gram": "Preconditioner"}
@@ -533,23 +453,6 @@ class Watching:
         self._curvature.capture.close()
 
 
-# -- what users pass, checked before anything is done ------------------------------------------------------------------
-
-
-def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-    """The module inside `DistributedDataParallel`, which calls it, and parameters by its own names.
-
-    Of a model that `fully_shard` has sharded, parameters are shards afterwards, which have the gradients.
-    """
-    if isinstance(model, nn.Module):
-        reshard(model)
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return model, params
-    names = isinstance(params, Iterable) and not isinstance(params, str)
-    inner = [n.removeprefix("module.") if isinstance(n, str) else n for n in params] if names else params
-    return model.module, inner
-
-
 def _refuse_other_processes(model: nn.Module, processes: Processes | None, call: str) -> None:
     """Refuse a group of other processes than those that `fully_shard` has left shards of the model.
 
@@ -565,37 +468,6 @@ def _refuse_other_processes(model: nn.Module, processes: Processes | None, call:
             why="each writes its shard of the update, which must be the same update",
             try_="group=None in a default group of those processes, or their own group",
         )  # fmt: skip
-
-
-def checked_rule(
-    model: object, kind: Any, options: Mapping[str, Any], damping: object, gram_damping: object, trust_region: Any,
-    call: str,
-) -> OutputRule:  # fmt: skip
-    """The rule of the kind, if the model is a module, dampings and trust region fit, and the options are the kind's."""
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(
-            call, f"a {type(model).__name__} as model", "a torch.nn.Module",
-            why="per-example gradients come from its forward pass", try_=f"{call}(model, ..., params=names)",
-        )  # fmt: skip
-    rule = rule_of(kind, call=call, options=options)  # first: a misspelt argument is among its options
-    check_damping_choice(damping, gram_damping, call)
-    if trust_region is not None and not (is_number(trust_region) and trust_region > 0):
-        raise InvalidArgumentError(call, f"trust_region={trust_region!r}", "a positive number")
-    return rule
-
-
-def check_damping_choice(damping: object, gram_damping: object, call: str) -> None:
-    """Exactly one of the two dampings, and a fitting one."""
-    if (damping is None) == (gram_damping is None):
-        raise InvalidArgumentError(
-            call, f"damping={damping!r} and gram_damping={gram_damping!r}", "one of them",
-            why="F + λI and the Gram matrix + λI are different updates",
-            try_="gram_damping=1e-3 for the paper's update, damping=1e-2 for (F + λI)⁻¹ times the mean gradient",
-        )  # fmt: skip
-    value, name = (damping, "damping") if gram_damping is None else (gram_damping, "gram_damping")
-    if isinstance(value, RelativeDamping | LayerDamping) and gram_damping is None:
-        return
-    check_number(call, name, value)
 
 
 # -- losses whose meaning a step would lose without a word -------------------------------------------------------------

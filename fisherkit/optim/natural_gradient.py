@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
 from fisherkit.optim.averages import LayerDamping
-from fisherkit.optim.curvature import Curvature, Watching, check_damping_choice, check_has, checked_rule, whole_model
+from fisherkit.optim.curvature import Curvature, Watching, check_has
+from fisherkit.optim.settings import StepSettings, check_damping_choice, whole_model
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
 from fisherkit.space import ParameterSpace, Selection
@@ -121,22 +122,15 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         model, params = whole_model(model, params)
-        rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
-            if not is_number(value) or not 0 <= value < math.inf:
-                raise InvalidArgumentError(CALL, f"{name}={value!r}", "a number, 0 or more")
+        given = dict(locals())
+        settings = StepSettings.of(CALL, given)
+        for name in _OF_ONE:
+            if not is_number(given[name]) or not 0 <= given[name] < math.inf:
+                raise InvalidArgumentError(CALL, f"{name}={given[name]!r}", "a number, 0 or more")
         groups, selection = _groups(model, params)
-        self._curvature = Curvature(
-            model, params=selection, rule=rule, likelihood=likelihood, structure=structure,
-            gram=gram_damping is not None, reduction=reduction, ema=ema, update_every=update_every,
-            refresh_every=refresh_every, kfac_positions=kfac_positions, max_rank=max_rank, group=group, call=CALL,
-        )  # fmt: skip
-        defaults = {
-            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "damping": damping,
-            "gram_damping": gram_damping, "kind": self._curvature.rule.kind_name, "structure": structure,
-            "normalize_update": normalize_update, "trust_region": trust_region,
-        }  # fmt: skip
-        super().__init__(groups, defaults)
+        self._curvature = Curvature(model, selection, settings, group)
+        shared = {name: given[name] for name in (*_OF_ONE, *_OF_ALL)}
+        super().__init__(groups, {**shared, "kind": settings.kind.kind_name})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -170,7 +164,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
                 f"{name} of group {i}": value
                 for i, group in enumerate(self.param_groups)
                 for name, value in group.items()
-                if name in _OF_ONE | _OF_ALL
+                if name in (*_OF_ONE, *_OF_ALL)
             }
             if not self._curvature.finite(gradients, settings):
                 bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
@@ -235,7 +229,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
             ModelError: they are not.
             InvalidArgumentError: a setting that all groups share.
         """
-        odd = sorted(_OF_ALL & set(param_group))
+        odd = sorted(set(_OF_ALL) & set(param_group))
         if odd:
             raise InvalidArgumentError(
                 f"{CALL}.add_param_group", f"{odd} in a parameter group", f"some of {sorted(_OF_ONE)}",
@@ -306,8 +300,8 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
 _RELATIVE: dict[str, type[RelativeDamping | LayerDamping]] = {"relative": RelativeDamping, "layer": LayerDamping}
 """Dampings that are no numbers, by what states name them."""
 
-_OF_ONE = {"lr", "weight_decay", "momentum"}
-_OF_ALL = {"damping", "gram_damping", "kind", "structure", "normalize_update", "trust_region"}
+_OF_ONE = ("lr", "weight_decay", "momentum")
+_OF_ALL = ("damping", "gram_damping", "kind", "structure", "normalize_update", "trust_region")
 
 
 def _check_shapes(groups: Any, own: Any, state: Mapping[Any, Mapping[str, Tensor]]) -> None:
@@ -328,6 +322,5 @@ def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Select
         if any(id(p) not in names for p in chosen):
             raise ModelError(CALL, "a group with a parameter that is not the model's", "its own")
         return groups, [names[id(p)] for p in chosen]
-    everything: Selection = (lambda _name, _parameter: True) if params is None else cast("Selection", params)
-    space = ParameterSpace.of(model, everything)
+    space = ParameterSpace.of(model, params)
     return [{"params": [own[name] for name in space.names]}], list(space.names)

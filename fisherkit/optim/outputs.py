@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fisherkit.arithmetic import at_least_single
-from fisherkit.errors import DataError, FisherkitError, InvalidArgumentError, ModelError
-from fisherkit.likelihood import Likelihood
+from fisherkit.errors import DataError, FisherkitError, ModelError
+from fisherkit.optim.settings import StepSettings
 from fisherkit.outputs import Outputs
 
 BLOWN_UP = 1e3
@@ -62,16 +62,15 @@ class Seen:
         return 1 if self.calibrated else passes
 
 
-def seen_outputs(raw: Tensor, gradient: Tensor, likelihood: Likelihood, reduction: str, start: int, call: str) -> Seen:
+def seen_outputs(raw: Tensor, gradient: Tensor, settings: StepSettings, start: int) -> Seen:
     """Join the model's outputs with the gradient of the user's loss in them.
 
-    ``reduction`` serves where targets do not show in the gradient; ``start`` is a number that no other pass's examples
-    reach, for random draws.
+    ``start`` is a number that no other pass's examples reach, for random draws.
 
     Raises:
         ModelError: the loss is not the likelihood's, or the likelihood cannot tell targets from gradients.
     """
-    raw = raw.detach()
+    raw, likelihood, reduction, call = raw.detach(), settings.likelihood, settings.reduction, settings.call
     place = f"{call}, forward pass"
     precise = raw if raw.dtype in {torch.float32, torch.float64} else raw.float()
     z, _, _ = likelihood.prepare(precise, None, place)
@@ -163,13 +162,3 @@ def explained(error: E, outputs: Sequence[Tensor], first: Tensor | None) -> E:
         expected="outputs that stay in range", why=f"met as {error.got}",
         try_="a smaller learning rate, a larger damping, or trust_region=",
     )  # fmt: skip
-
-
-def check_reduction(likelihood: Likelihood, reduction: str, call: str) -> None:
-    """Refuse a loss module of another reduction than the optimizer's, where gradients' scale tells targets."""
-    own = likelihood.reduction
-    if not likelihood.gradient_scale_free and own is not None and own != reduction:
-        raise InvalidArgumentError(
-            call, f"reduction={reduction!r} with a loss module of reduction {own!r}", "the same",
-            why="targets are read off the loss gradient and its scale", try_=f"reduction={own!r}",
-        )  # fmt: skip

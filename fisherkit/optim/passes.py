@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -142,8 +143,14 @@ class Pass:
         edge = torch.autograd.graph.get_gradient_edge(self.z)
         place = edge.output_nr
         edge.node.register_prehook(lambda gradients: reached(known(), gradients[place]))
-        for use in self.uses:
-            use.edge.node.register_prehook(_Receiver(known, id(use.edge), use.edge.output_nr, silent))
+
+        def received(edge: int, place: int, gradients: tuple[Tensor | None, ...]) -> None:
+            one, gradient = known(), gradients[place]
+            if one is not None and gradient is not None and not silent():
+                one.found[edge] = gradient.detach() if gradient.requires_grad else gradient
+
+        for use in self.uses:  # whose edges a hook must not hold: they hold the node
+            use.edge.node.register_prehook(functools.partial(received, id(use.edge), use.edge.output_nr))
         self._hooks = RemovableHandle.next_id
 
     @property
@@ -173,26 +180,6 @@ class Pass:
             return True
         errors, allowed = torch.stack(differences), torch.stack(sizes)
         return bool((errors <= allowed).all()) if bool(torch.isfinite(errors).all()) else None
-
-    def take_expected(self) -> None:
-        """Put the gradients that come through the outputs in the place of those that arrived."""
-        pairs = zip(self.uses, self.expected or (), strict=True)
-        self.found = {id(use.edge): gradient for use, gradient in pairs if gradient is not None}
-
-
-class _Receiver:
-    """Keeps the gradient at one use's output."""
-
-    def __init__(self, known: weakref.ref[Pass], edge: int, place: int, silent: Callable[[], bool]) -> None:
-        self.known, self.edge, self.place, self.silent = known, edge, place, silent
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        one = self.known()
-        if one is None or self.silent():
-            return
-        gradient = gradients[self.place]
-        if gradient is not None:
-            one.found[self.edge] = gradient.detach() if gradient.requires_grad else gradient
 
 
 def with_own_inputs(uses: Sequence[Use], arguments: Sequence[Tensor]) -> list[Use]:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from fisherkit.arguments import is_number
-from fisherkit.arithmetic import without_autocast
+from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
 from fisherkit.optim.averages import LayerDamping
-from fisherkit.optim.curvature import Curvature, Watching, checked_rule, whole_model
+from fisherkit.optim.curvature import Curvature, Watching
 from fisherkit.optim.sample_space import with_layer_rms
+from fisherkit.optim.settings import StepSettings, whole_model
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group
 from fisherkit.space import Selection
@@ -25,8 +26,12 @@ from fisherkit.wrappers import local, shard_like
 
 CALL = "Preconditioner"
 
-DAMPING, MOMENTUM, LAYER_RMS, EMA, UPDATE_EVERY, REFRESH_EVERY = LayerDamping(0.3), 0.9, 0.2, 0.95, 5, 2
-"""Of layers' structures where no damping is passed; `EMA` in any case."""
+EMA = 0.95
+USUAL: dict[str, Any] = {
+    "damping": LayerDamping(0.3), "gradient_momentum": 0.9, "layer_rms": 0.2, "update_every": 5, "refresh_every": 2,
+}  # fmt: skip
+"""Of layers' structures where no damping is passed."""
+PLAIN: dict[str, Any] = {"gradient_momentum": 0.0, "layer_rms": None, "update_every": 1, "refresh_every": 1}
 
 
 class Preconditioner(Watching):
@@ -112,38 +117,29 @@ class Preconditioner(Watching):
         **options: Any,
     ) -> None:
         model, params = whole_model(model, params)
-        chosen = structure_named(structure, CALL)
-        if damping is None and gram_damping is None and not chosen.keeps_rows:
-            damping, update_every = DAMPING, UPDATE_EVERY if update_every is None else update_every
-            refresh_every = REFRESH_EVERY if refresh_every is None else refresh_every
-            gradient_momentum = MOMENTUM if gradient_momentum is None else gradient_momentum
-            layer_rms = LAYER_RMS if layer_rms is None and trust_region is None else layer_rms
-        rule = checked_rule(model, kind, options, damping, gram_damping, trust_region, CALL)
-        if layer_rms is not None and not (is_number(layer_rms) and 0 < layer_rms < math.inf and trust_region is None):
+        rows = structure_named(structure, CALL).keeps_rows
+        usual = USUAL if damping is None and gram_damping is None and not rows else PLAIN
+        own = {**usual, "ema": 0.0 if rows else EMA}
+        if trust_region is not None:
+            own["layer_rms"] = None
+        given = dict(locals())
+        given |= {name: value for name, value in own.items() if given[name] is None}
+        settings = StepSettings.of(CALL, given)
+        rms = given["layer_rms"]
+        if rms is not None and not (is_number(rms) and 0 < rms < math.inf and trust_region is None):
             raise InvalidArgumentError(
-                CALL, f"layer_rms={layer_rms!r} and trust_region={trust_region!r}",
+                CALL, f"layer_rms={rms!r} and trust_region={trust_region!r}",
                 "a positive number, and trust_region=None", why="each decides how long a step is",
             )  # fmt: skip
-        self.damping: Damping | LayerDamping = (
-            gram_damping if damping is None and gram_damping is not None else damping or 0.0
-        )
-        self.trust_region, self.layer_rms, self._lr = trust_region, layer_rms, lr
-        self._curvature = Curvature(
-            model, params=(lambda _name, _parameter: True) if params is None else params, rule=rule,
-            likelihood=likelihood, structure=structure, gram=gram_damping is not None, reduction=reduction,
-            ema=ema if ema is not None else 0.0 if chosen.keeps_rows else EMA,
-            update_every=1 if update_every is None else update_every,
-            refresh_every=1 if refresh_every is None else refresh_every,
-            kfac_positions=kfac_positions, max_rank=max_rank,
-            group=group, call=CALL,
-            gradient_momentum=0.0 if gradient_momentum is None else gradient_momentum,
-        )  # fmt: skip
+        self.damping: Damping | LayerDamping = given["damping"] if gram_damping is None else gram_damping
+        self.trust_region, self.layer_rms, self._lr = trust_region, rms, lr
+        self._curvature = Curvature(model, params, settings, group)
 
     def __repr__(self) -> str:
         """Kind, structure and what decides about a step."""
-        own = self._curvature
+        own = self._curvature.settings
         return (
-            f"Preconditioner(kind={own.rule.kind_name!r}, structure={own.structure!r}, damping={self.damping}, "
+            f"Preconditioner(kind={own.kind.kind_name!r}, structure={own.structure.name!r}, damping={self.damping}, "
             f"trust_region={self.trust_region}, gradient_momentum={own.gradient_momentum}, "
             f"layer_rms={self.layer_rms}, update_every={own.update_every})"
         )
@@ -169,7 +165,11 @@ class Preconditioner(Watching):
             if self.trust_region is not None:
                 settings["lr"] = rate
             if not curvature.finite(gradients, settings):
-                curvature.say_if_diverged(own)
+                if not all_finite(*own.values()):  # no scaler's doing
+                    curvature.capture.warn(
+                        "the loss has diverged: parameters with NaN or infinite entries. Gradients are left as they "
+                        "are. Try: a smaller learning rate, a larger damping, or trust_region=."
+                    )
                 curvature.capture.forget()
                 return
             space, direction = curvature.direction(own, gradients, self.damping)

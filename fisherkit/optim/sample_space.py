@@ -79,9 +79,7 @@ def damped(space: ParameterSpace, inverses: Sequence[Factorization], gradient: F
     return Direction(update, curvature)
 
 
-def with_layer_rms(
-    updates: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rms: float
-) -> dict[str, Tensor]:  # fmt: skip
+def with_layer_rms(updates: Mapping[str, Tensor], gradients: Mapping[str, Tensor], rms: float) -> dict[str, Tensor]:
     """Updates by parameter, scaled by one number a module so that its entries' root mean square is this.
 
     Of a module whose gradient is 0 it is 0, whatever momentum is left.

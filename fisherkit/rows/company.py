@@ -30,10 +30,10 @@ class Company:
     _compared: set[Hashable] = field(default_factory=set)
     _own: dict[Hashable, bool] = field(default_factory=dict)
 
-    def is_due(self, plan: Plan, size: int, place: int | None, seen: Watched) -> bool:
-        """Whether a batch is to be compared, or its gradients."""
-        noted, keys, _ = self._outputs(plan, size, place, seen)
-        kept, key = self._gradients(size, place, seen)
+    def is_due(self, plan: Plan, size: int, seen: Watched) -> bool:
+        """Whether a batch that is met once is to be compared, or its gradients."""
+        noted, keys, _ = self._outputs(plan, size, None, seen)
+        kept, key = self._gradients(size, None, seen)
         return size > 1 and (not keys <= noted or (self._asks(plan, seen) and key not in kept))
 
     def refuse_influence(self, plan: Plan, batch: Batch, place: int | None, seen: Watched, call: str) -> None:

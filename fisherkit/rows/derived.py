@@ -51,8 +51,6 @@ class Derived:
 
     def sliced(self, tensor: Tensor, trailing: int) -> tuple[Int[Tensor, "..."] | None, bool] | None:
         """Which slice of so many axes each entry of the others is, None for the whole, and whether it is turned."""
-        if self.layout == SAME and tensor.ndim == trailing:
-            return None, False
         if self.layout == TURNED and trailing == tensor.ndim == 2:
             return None, True
         if self.layout == SAME and tensor.ndim >= trailing and tensor.shape[: tensor.ndim - trailing].numel() == 1:
@@ -124,10 +122,6 @@ class Derivations:
         if name not in self._leaves:
             self._leaves[name] = parameter.detach().requires_grad_()
         return self._leaves[name]
-
-    def operands(self, args: Any, kwargs: Any) -> list[tuple[Tensor, Derived]]:
-        """The arguments that are."""
-        return self.among(tensors(args, kwargs))
 
     def among(self, given: Sequence[Tensor]) -> list[tuple[Tensor, Derived]]:
         """Those of some tensors that are."""

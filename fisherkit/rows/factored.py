@@ -42,14 +42,9 @@ class FactoredRows(UnitRows):
     form = "factored"
 
     def __init__(
-        self,
-        activations: Activations,
-        gradients: Float[Tensor, "R T O"],
-        example: Int[Tensor, "R"] | None = None,
-        *,
-        bias: bool,
-        transposed: bool = False,
-    ) -> None:
+        self, activations: Activations, gradients: Float[Tensor, "R T O"], example: Int[Tensor, "R"] | None = None,
+        *, bias: bool, transposed: bool = False,
+    ) -> None:  # fmt: skip
         self.inputs, self.outputs = activations.shape[2], gradients.shape[2]
         super().__init__(gradients.shape[0], self.outputs * (self.inputs + bias))
         self.activations, self.gradients, self.example = activations, gradients, example

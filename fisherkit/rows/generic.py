@@ -65,12 +65,11 @@ def vectorised_rows(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, v: Float[Tensor, "k B ..."]
 ) -> Float[Tensor, "k B d"]:
     """Rows by ``vmap`` over examples and output vectors."""
-    leaves, rebuild = batch.leaves()
     # Constants here: a graph of the rest of the model would be kept for nothing.
     rest = {name: p.detach() for name, p in model.named_parameters()}
 
     def one(example: list[Tensor], vectors: Float[Tensor, "k ..."]) -> Float[Tensor, "k d"]:
-        single = rebuild([leaf.unsqueeze(0) for leaf in example])
+        single = batch.rebuilt([leaf.unsqueeze(0) for leaf in example])
 
         def forward(values: Mapping[str, Tensor]) -> Tensor:
             return single.call(with_values(model, {**rest, **values}))[0]
@@ -85,7 +84,7 @@ def vectorised_rows(
         # torch asks for reports on operations that it does not vectorise; `coverage` says what matters to the user.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         # Zeros that no example has a part in are expanded along axis 0, whatever axis is asked for.
-        found = vmap(one)(leaves, v.transpose(0, 1)).transpose(0, 1)
+        found = vmap(one)(batch.batched, v.transpose(0, 1)).transpose(0, 1)
     return found.detach()
 
 

@@ -32,7 +32,7 @@ from fisherkit.rows.collection import Rows, UnitSlot
 from fisherkit.rows.differentiable import pulled_back, scales
 from fisherkit.rows.generic import dense_gradient, looped_rows, unreached
 from fisherkit.rows.ownership import Arrangement, Regular, coarser
-from fisherkit.rows.plan import Plan, forward, propose, tolerance
+from fisherkit.rows.plan import Plan, forward, influenced, propose, tolerance
 from fisherkit.rows.record import DROPOUTS, Recorder
 from fisherkit.rows.rules import ContractionRule, ElementwiseRule, in_dtype
 from fisherkit.rows.units import Pulled, RuledUnit, Unit
@@ -123,9 +123,7 @@ class Linearized:
             self._unrule_silent(gradients)
         factor = scale if known is None else known.scale
         factor = None if factor is None else factor.to(dtype).reshape(-1, self.batch.size, 1, 1)
-        pulled = Pulled(
-            self.watched.uses, gradients, arrangements, own.to(dtype), selection, factor, self._activations
-        )  # fmt: skip
+        pulled = Pulled(self.watched.uses, gradients, arrangements, own.to(dtype), selection, factor, self._activations)
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None if self.unruled.intersection(unit.names) else unit.made(pulled)
@@ -195,7 +193,7 @@ class Linearized:
             own = torch.autograd.grad(self.z, parameters, v, retain_graph=True)
             expected = torch.cat([g.flatten() for g in own]).to(pulled.v.dtype)
             total = made.rows.rmatmul(expected.new_ones(made.rows.count, 1))[:, 0]
-            allowed = self._tolerance(expected.dtype) * expected.norm()
+            allowed = tolerance(expected.dtype, self.watched.coarsest) * expected.norm()
             if total.shape == expected.shape and bool((total - expected).norm() <= allowed):
                 return unit.confirmed(pulled, made.rows, parameters[0].shape)
         return Unit(unit.names, f"autograd does not confirm a rule for {unit.names[0]}", unit.numbers)
@@ -238,26 +236,16 @@ class Linearized:
 
     def _refuse_coupled(self, names: list[str]) -> None:
         """Raise unless each example alone has the outputs that it has in this batch."""
-        allowed = self._tolerance(self.z.dtype)
+        allowed = tolerance(self.z.dtype, self.watched.coarsest)
         usual = self.z.detach().norm() / self.batch.size**0.5
         with contextlib.suppress(ValueError):  # of a batch norm in train mode, which takes no example alone
             alone = [self.batch.take(slice(n, n + 1)).call(self.plan.model).detach() for n in range(self.batch.size)]
             pairs = [(one[0], z) for one, z in zip(alone, self.z.detach(), strict=True)]
             if all(a.shape == z.shape and bool((a - z).norm() <= allowed * z.norm().maximum(usual)) for a, z in pairs):
                 return
-        raise ModelError(
-            "the model's forward pass", f"outputs that change with the rest of the batch, through {names[:2]}",
-            "examples that do not influence each other", why="per-example gradients do not exist otherwise",
-            try_="model.eval(); batches of one example; remove what joins the examples of a batch from forward, as a "
-            "capacity that experts share",
-        )  # fmt: skip
+        raise influenced("the model's forward pass", f"outputs, through {names[:2]},")
 
-    def _tolerance(self, dtype: torch.dtype) -> float:
-        return tolerance(dtype, self.watched.coarsest)
-
-    def _pulled(
-        self, v: Float[Tensor, "k B ..."], known: Known | None, last: bool
-    ) -> tuple[
+    def _pulled(self, v: Float[Tensor, "k B ..."], known: Known | None, last: bool) -> tuple[
         Float[Tensor, "k B ..."], Sequence[Tensor | None], Float[Tensor, "k B d"] | None, Float[Tensor, "k B"] | None
     ]:  # fmt: skip
         """The vectors that went back, gradients at the uses, rows without a rule, and what to multiply both by."""
@@ -290,7 +278,7 @@ class Linearized:
         except RuntimeError:  # an operation without a batching rule
             return False
         one = torch.autograd.grad(self.z, edges, last, retain_graph=True, allow_unused=True)
-        allowed = self._tolerance(self.z.dtype)
+        allowed = tolerance(self.z.dtype, self.watched.coarsest)
         return all(
             (a is None) == (b is None)
             and (
@@ -323,9 +311,7 @@ class OneByOne:
     def __init__(self, plan: Plan, batch: Batch, *, follow: bool = False) -> None:
         watched = _by_example(plan, batch, follow)
         groups = [list(group) for _, group in itertools.groupby(range(batch.size), key=lambda n: _form(watched[n]))]
-        self.parts = [
-            _Alike(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g]) for g in groups
-        ]  # fmt: skip
+        self.parts = [_Alike(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g]) for g in groups]
         self.passes, self.z = watched, torch.cat([part.z for part in self.parts])
 
     @property

@@ -49,9 +49,7 @@ class Probe:
     are made; ``hooked`` and the outputs ``z`` stay. ``alike`` if these were compared with those in other company.
     """
 
-    def __init__(
-        self, batch: Batch, watched: Watched | None, alone: bool = False, *, alike: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, batch: Batch, watched: Watched | None, alone: bool = False, *, alike: bool = False) -> None:
         self._first, self.watched, self._alone, self.alike = batch, watched, alone, alike
         self.hooked, self.assumed = watched is not None and watched.hooked, watched is None
         if watched is not None:
@@ -562,9 +560,9 @@ def influenced(place: str = "", what: str = "outputs") -> ModelError:
         here if place else "an output for an example that changes with the rest of its batch",
         "examples that do not influence each other, whatever their places in a batch and however many there "
         "are, and a deterministic forward pass", why="per-example gradients do not exist otherwise",
-        try_="model.eval(); remove batch statistics, contrastive terms, noise, a capacity that experts share, and what "
-        "depends on an example's place or on len(x), from forward; nodes of a graph are positions of one example: "
-        'inputs (1, nodes, ...), example="token"',
+        try_="model.eval(); batches of one example; remove batch statistics, contrastive terms, noise, a capacity that "
+        "experts share, and what depends on an example's place or on len(x), from forward; nodes of a graph are "
+        'positions of one example: inputs (1, nodes, ...), example="token"',
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ class BetterPlanError(Exception):
         self.plan, self.by_owner, self.batch = plan, by_owner, batch
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Everything that defines the rows: plan, data, likelihood, kind, and how these are read.
 
@@ -104,12 +104,12 @@ class Problem:
         shift_labels: whether labels belong to the position before theirs.
         chunk_size: most rows (examples × vectors) in one backward pass; None to choose by memory.
         summed: whether nothing but sums over rows is wanted: squares, or second moments of their factors.
-        vectors_per_example, rowless, fold, head: found by `measure`: M; whether those sums need no rows; positions of
+        vectors_per_example, rowless, fold, head: as `measured` finds: M; whether those sums need no rows; positions of
             an example that are examples of their own; inputs of a last layer that vectors are led through at once.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
-        probabilities_sought: whether outputs have been looked at for probabilities in the place of logits, for which
-            two examples are too few.
+        sought: "probabilities" once outputs have been looked at for these in the place of logits, for which two
+            examples are too few.
         shift_guessed: whether nobody has said whether labels belong to the position before theirs.
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
@@ -135,7 +135,7 @@ class Problem:
     rowless: bool = False
     most_examples: int | None = None
     revisable: bool = False
-    probabilities_sought: bool = True
+    sought: set[str] = field(default_factory=lambda: {"probabilities"})
     shift_guessed: bool = False
     by_owner: bool | None = None
     budget: int | None = None
@@ -267,8 +267,8 @@ class Problem:
         total, *counts = torch.stack([x.sum(dtype=torch.float64) for x in (raw, *counted)]).tolist()
         if not math.isfinite(total):  # where only the sum overflows, all is well
             check_finite(raw, call)
-        if not self.probabilities_sought:
-            self.probabilities_sought = True
+        if "probabilities" not in self.sought:
+            self.sought.add("probabilities")
             if self.shift_guessed and not self.shift_labels and target is not None and target.ndim == 2 < raw.ndim:
                 warn_of_unshifted(batch, target, mask)
             likelihood, seen = self.likelihood, self.plan.tried.seen
@@ -280,8 +280,8 @@ class Problem:
         outputs = Outputs(z, target, mask, start, self.likelihood, raw.shape[1:], whole)
         return outputs, (int(counts[-1]), positions)
 
-    def measure(self) -> None:
-        """Find out on two examples how many vectors the kind has."""
+    def measured(self) -> Problem:
+        """With what two examples tell of the kind's vectors, for which it is chosen how each unit's rows are kept."""
         plan, tried, kind = self.plan, self.plan.tried, self.kind
         if plan.nonlinear and (not kind.along_gradient or plan.coarsest in HALF):
             plan.refuse_nonlinear("the Fisher of this model")
@@ -290,17 +290,21 @@ class Problem:
             self.confirm()
             slots = self._slots(plan.probe.batch, plan.probe.z, 0, plan.probe.batch.place)
             tried.vectors[key] = slots.number, slots.mask.shape[1]
-        self.vectors_per_example, positions = tried.vectors[key]
+        number, positions = tried.vectors[key]
         of_hessian = self.summed and kind.of_hessian and not plan.looped
-        self.rowless = of_hessian and self._last_width(only=True) > 0
-        self.head = self._head(positions) if of_hessian and not self.rowless else 0
-        several = self.folds and self._flat and not self.rowless and positions > 1
-        self.fold = tried.answer("positions", self._positions) if several else 1
-        if self.vectors_per_example > 1 and not self.rowless and "batched" not in tried.answers:
+        rowless = of_hessian and self._last_width(only=True) > 0
+        head = self._last_width(only=False) if of_hessian and not rowless else 0
+        if head * positions >= number or positions * head**2 > TILE:  # not worth it
+            head = 0
+        number = head * positions or number
+        several = self.folds and self._flat and not rowless and positions > 1
+        fold = tried.answer("positions", self._positions) if several else 1
+        if number > 1 and not rowless and "batched" not in tried.answers:
             with self.plan.quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
-        self.choose(lean=True)
-        self.probabilities_sought = False
+        found = replace(self, vectors_per_example=number, rowless=rowless, head=head, fold=fold, sought=set())
+        found.choose(lean=True)
+        return found
 
     @property
     def backward_vectors(self) -> int:
@@ -315,11 +319,9 @@ class Problem:
             seen = forward(plan, plan.probe.batch, positions=True)
         simple = all(type(unit) is RuledUnit for unit in plan.units) and not plan.shared
         apart = simple and "attention_mask" not in plan.probe.batch.kwargs and seen.by_position() is not None
-        return seen.positions if apart and self._in_order(seen.z) else 1
-
-    def _in_order(self, z: Tensor) -> bool:
-        """Whether the likelihood's positions are those of the outputs, one after the other."""
-        return z.ndim == 3 and self.likelihood.class_axis % 3 == 2
+        # As the likelihood's positions are, where classes come last.
+        in_order = seen.z.ndim == 3 and self.likelihood.class_axis % 3 == 2
+        return seen.positions if apart and in_order else 1
 
     def _folded(self, linearized: Linearized | OneByOne, batch: Batch) -> tuple[Linearized, Batch] | None:
         """A batch whose positions are examples of their own, as they are apart here; None where none has several."""
@@ -335,15 +337,6 @@ class Problem:
             return None
         wide = replace(batch, size=apart.batch)
         return Linearized(self.plan, wide, apart), wide
-
-    def _head(self, positions: int) -> int:
-        """Inputs of a last layer that has more outputs than vectors go back from, of which there are then so many."""
-        total = self.vectors_per_example
-        width = self._last_width(only=False)
-        if not width or width * positions >= total or positions * width**2 > TILE:
-            return 0
-        self.vectors_per_example = width * positions
-        return width
 
     def _last_width(self, *, only: bool) -> int:
         """Inputs of a last layer, the only one that was chosen or above others, if its sums are known; tried once."""
@@ -522,12 +515,6 @@ class Problem:
         for seen in passes if not self.kind.along_gradient else ():
             self.plan.refuse_nonlinear_here(seen, call)
 
-    def _without_rows(self, linearized: Linearized | OneByOne, outputs: Outputs) -> Rows | None:
-        """What sums need of the last layer alone, if they need no rows."""
-        if self.rowless and isinstance(linearized, Linearized) and not linearized.unruled:
-            return last_layer_rows(linearized, outputs)
-        return None
-
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         assumed = self.plan.probe.assumed
         linearized = self._linearized(batch)
@@ -542,7 +529,8 @@ class Problem:
             self._refuse_nonlinear(linearized.passes, call)
         elif in_company and not self._judge(batch, start, linearized.watched, call):  # rows go the slow exact way
             linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
-        last = self._without_rows(linearized, outputs)
+        known = self.rowless and isinstance(linearized, Linearized) and not linearized.unruled
+        last = last_layer_rows(linearized, outputs) if known else None  # type: ignore[arg-type]  # of a batch as a whole
         if last is not None:
             last.finite(call)
             yield Chunk.whole_batch(last, outputs, batch, counts)

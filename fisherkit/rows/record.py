@@ -93,19 +93,13 @@ class Recorder(TorchFunctionMode):
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
         packed: whether tensors were kept for a backward pass by someone's code, as by checkpoints, which it then runs.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
+        tracker: what followed the batch axis.
     """
 
     def __init__(
-        self,
-        names: Mapping[int, str],
-        batch: int,
-        inputs: Iterable[Tensor] = (),
-        shared: Collection[str] = (),
-        *,
-        positions: int = 0,
-        training: bool = False,
-        constant_statistics: bool = False,
-    ) -> None:
+        self, names: Mapping[int, str], batch: int, inputs: Iterable[Tensor] = (), shared: Collection[str] = (),
+        *, positions: int = 0, training: bool = False, constant_statistics: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.names, self.batch, self.shared = names, batch, shared
         self.training, self.constant_statistics = training, constant_statistics
@@ -116,11 +110,11 @@ class Recorder(TorchFunctionMode):
         self.coarsest = torch.float64
         self.muted = 0
         self._hooks = RemovableHandle.next_id
-        self._tracker = Tracker(batch)
+        self.tracker = Tracker(batch)
         self._derivations = Derivations(names)
         self._along = Tracker(positions) if positions > 1 else None
         for tensor in inputs:
-            self._tracker.mark(tensor, Axis(0))
+            self.tracker.mark(tensor, Axis(0))
             if self._along is not None and tensor.ndim > 1 and tensor.shape[1] == positions:
                 self._along.mark(tensor, Axis(1))
 
@@ -129,17 +123,12 @@ class Recorder(TorchFunctionMode):
         """Whether a hook was registered since, on a tensor or a node of the graph: it may change gradients."""
         return RemovableHandle.next_id != self._hooks
 
-    @property
-    def tracker(self) -> Tracker:
-        """What followed the batch axis."""
-        return self._tracker
-
     def proves(self, z: Tensor) -> bool:
         """Whether the pass itself shows whose the entries of uses with an axis are."""
         made = self._derivations.of(z)
         if made is not None:  # outputs that are functions of parameters alone met no example
             self.outside_rules.update(made.names)
-        return self._tracker.proves(z)
+        return self.tracker.proves(z)
 
     def positions(self, z: Tensor) -> int:
         """How many positions of the inputs outputs ``[B, T, C]`` keep apart; 0 if not shown, or not looked at."""
@@ -150,7 +139,7 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any,
         given: Sequence[Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self._tracker.see(func, args, kwargs, output, given)
+        self.tracker.see(func, args, kwargs, output, given)
         if self._along is not None:
             self._along.see(func, args, kwargs, output, given)
 
@@ -219,14 +208,14 @@ class Recorder(TorchFunctionMode):
         elif isinstance(output, Tensor) and not output.numel():
             pass  # no position was given to it, as to an expert that nothing is routed to
         elif rule is not None and isinstance(output, Tensor):
-            if isinstance(rule, ElementwiseRule) and self._tracker.status(output) is Mark.FREE:
-                self._tracker.mark(output, Axis(0, 1, max(1, output.shape[0] // self.batch)))
+            if isinstance(rule, ElementwiseRule) and self.tracker.status(output) is Mark.FREE:
+                self.tracker.mark(output, Axis(0, 1, max(1, output.shape[0] // self.batch)))
             self._note(rule, arguments, output)
             parts = [arguments.get(name) for name in (rule.weight_name, rule.bias_name)]
             self._leave([pair for pair in own if not any(pair[0] is part for part in parts)])
         elif written or any(self._derivations.of(made) is None for made in tensors(output)):
             # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
-            self._leave(self._derivations.operands(args, kwargs))
+            self._leave(self._derivations.among(tensors(args, kwargs)))
         return output
 
     def _is_plain(
@@ -236,7 +225,7 @@ class Recorder(TorchFunctionMode):
         if type(RULES.get(func)) is not LinearRule or kwargs or not 1 < len(args) <= 3:
             return False
         x = args[0]
-        status = self._tracker.status(x) if isinstance(x, Tensor) else Mark.FREE
+        status = self.tracker.status(x) if isinstance(x, Tensor) else Mark.FREE
         usual = isinstance(status, Axis) and all(made.layout == SAME and made.lookup is None for _, made in own)
         return usual and own[0][0] is args[1] and x is not args[1] and self._derivations.of(x) is None
 
@@ -244,7 +233,7 @@ class Recorder(TorchFunctionMode):
         """A recurrent layer, as its linear maps."""
         output, maps = unrolled(func, args)
         self._see(func, args, {}, output)
-        status = self._tracker.status(output[0])
+        status = self.tracker.status(output[0])
         axis = status if isinstance(status, Axis) else None
         for arguments, made in maps:
             if any(self._derivations.of(arguments[name]) is not None for name in ("weight", "bias")):
@@ -297,7 +286,7 @@ class Recorder(TorchFunctionMode):
         x, w = arguments.get(rule.input_name), arguments.get(rule.weight_name)
         if not isinstance(rule, ElementwiseRule) or not isinstance(x, Tensor) or not isinstance(w, Tensor):
             return True
-        shape, status = torch.broadcast_shapes(x.shape, w.shape), self._tracker.status(x)
+        shape, status = torch.broadcast_shapes(x.shape, w.shape), self.tracker.status(x)
         at = status.dim + len(shape) - x.ndim if isinstance(status, Axis) and self.batch > 1 else 0
         over = w.ndim < len(shape) or w.shape[0] == 1 if w.ndim else bool(shape)
         return over and at < max(1, broadcast_over(w.shape, shape)) and self._of_examples(x, func, [(w, None)])
@@ -309,7 +298,7 @@ class Recorder(TorchFunctionMode):
             return False
         if self._derivations.of(x) is not None:
             return x.ndim < 2 or x.shape[0] != self.batch
-        if x.requires_grad or self._tracker.status(x) is not Mark.FREE:
+        if x.requires_grad or self.tracker.status(x) is not Mark.FREE:
             return False
         own = [self._derivations.of(arguments.get(name)) for name in (rule.weight_name, rule.bias_name)]
         return any(made is not None and not set(self.shared).isdisjoint(made.names) for made in own)
@@ -318,7 +307,7 @@ class Recorder(TorchFunctionMode):
         """Whether an operand has entries that belong to examples."""
         if self._derivations.of(tensor) is not None:
             return False
-        if self._tracker.status(tensor) is not Mark.FREE or tensor.grad_fn is not None:
+        if self.tracker.status(tensor) is not Mark.FREE or tensor.grad_fn is not None:
             return True
         # A mask, say, of a function that is not known to keep the batch's axis: what meets it has its axes too.
         size = tensor.shape[0] if tensor.ndim > 1 and is_elementwise(func) else 1
@@ -337,7 +326,7 @@ class Recorder(TorchFunctionMode):
             rule, call = weight.lookup
             arguments = {**call, rule.input_name: call[rule.input_name].expand(output.shape[:-1])}
             weight = made(arguments[rule.weight_name])
-        status = self._tracker.status(output)
+        status, along = self.tracker.status(output), self._along and self._along.status(output)
         slices, turned = self._slices(rule, arguments, rule.weight_name) or (None, False)
         by_bias, _ = (self._slices(rule, arguments, rule.bias_name) if bias is not None else None) or (None, False)
         turned = turned or (weight is not None and weight.layout == TURNED and isinstance(rule, LinearRule))
@@ -346,7 +335,7 @@ class Recorder(TorchFunctionMode):
         use = Use(
             rule, _named(weight, turned=turned), _named(bias), arguments, get_gradient_edge(output),
             shape or output.shape, axis or (status if isinstance(status, Axis) else None), turned, slices,
-            version_of(arguments[rule.input_name]), self._position(output),
+            version_of(arguments[rule.input_name]), along if isinstance(along, Axis) else None,
         )  # fmt: skip
         if (slices is not None or by_bias is not None) and None not in use.sources:
             self.uses += [replace(use, bias=None), replace(use, weight=None, turned=False, slices=by_bias)]
@@ -358,11 +347,6 @@ class Recorder(TorchFunctionMode):
         else:
             self.uses.append(use)
 
-    def _position(self, output: Tensor) -> Axis | None:
-        """Where positions lie in a use's output."""
-        status = None if self._along is None else self._along.status(output)
-        return status if isinstance(status, Axis) else None
-
     def _derive(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, own: Operands,
         *, written: bool,
@@ -373,7 +357,7 @@ class Recorder(TorchFunctionMode):
             # All of it one time after the other, as heads before they are folded into the batch.
             each = tensor.shape[0]
             if output.shape == (each * self.batch, *tensor.shape[1:]):
-                self._tracker.mark(output, Axis(0, 1, each))
+                self.tracker.mark(output, Axis(0, 1, each))
                 arguments = {"input": tensor.new_empty(0), "weight": tensor.unsqueeze(0)}
                 self._note(COPIED, arguments, output, made, (self.batch, *tensor.shape), Axis(0))
                 return
@@ -384,17 +368,16 @@ class Recorder(TorchFunctionMode):
                 return
         self._derivations.add(func, args, kwargs, output, written=written)
         for one in tensors(output):
-            for tracker in filter(None, (self._tracker, self._along)):
+            for tracker in filter(None, (self.tracker, self._along)):
                 tracker.mark(one, Mark.FREE)
         rule = rule_for(func, args, kwargs)
         looked_up = self._derivations.of(output)
         if isinstance(rule, EmbeddingRule) and looked_up is not None and made.layout == SAME:
             looked_up.lookup = rule, rule.bind(args, kwargs)
 
-    def _copy(self, tensor: Tensor, copy: Tensor, axis: Axis | None) -> None:
+    def _copy(self, tensor: Tensor, copy: Tensor, axis: Axis) -> None:
         """What is made of parameters was repeated for each example."""
-        if axis is not None:
-            self._tracker.mark(copy, axis)
+        self.tracker.mark(copy, axis)
         self._note(COPIED, {"input": tensor.new_empty(0), "weight": tensor}, copy)
 
     def _copied(
@@ -411,19 +394,18 @@ class Recorder(TorchFunctionMode):
         tracked = {
             status._replace(dim=most - tensor.ndim + status.dim)
             for tensor in data
-            if isinstance(status := self._tracker.status(tensor), Axis) and self.batch > 1
+            if isinstance(status := self.tracker.status(tensor), Axis) and self.batch > 1
         }
-        axis = tracked.pop() if len(tracked) == 1 else None
-        at = 0 if axis is None else axis.dim
-        sizes = {t.shape[at - most] for t in data if t.ndim >= most - at}
-        size = max(sizes, default=1)
+        axis = tracked.pop() if len(tracked) == 1 else Axis(0)
+        at = axis.dim
+        size = max((t.shape[at - most] for t in data if t.ndim >= most - at), default=1)
         copies: dict[int, Tensor] = {}
         for tensor, _ in own:
             shape = (*[1] * (most - tensor.ndim), *tensor.shape)
             promoted = tensor.ndim == 0 and any(tensor.dtype != one.dtype for one in data)
             if not promoted and all(n == 1 for n in shape[: at + 1]):
                 copy = tensor.reshape(shape).expand(*shape[:at], size, *shape[at + 1 :])
-                self._copy(tensor, copy, Axis(0) if axis is None else axis)
+                self._copy(tensor, copy, axis)
                 copies[id(tensor)] = copy
         found: tuple[Any, Any] = map_tensors((args, kwargs), lambda tensor: copies.get(id(tensor), tensor))
         return found

@@ -136,15 +136,10 @@ def _gru(given: Tensor, added: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple
     return n + z * (h - n), c
 
 
-def _tanh(given: Tensor, added: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.addmm(given, h, w).tanh(), c
-
-
-def _relu(given: Tensor, added: Tensor, h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.addmm(given, h, w).relu(), c
-
-
-_STEPS = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _tanh, "rnn_relu": _relu}
+_STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "lstm": _lstm, "gru": _gru, "rnn_tanh": lambda given, added, h, c, w: (torch.addmm(given, h, w).tanh(), c),
+    "rnn_relu": lambda given, added, h, c, w: (torch.addmm(given, h, w).relu(), c),
+}  # fmt: skip
 """What the input brings, what is added to it, h, c and the turned weight of h, to the next h and c."""
 
 RECURRENT = {getattr(torch._VF, name): RecurrentRule(name, "input weight bias") for name in _STEPS}

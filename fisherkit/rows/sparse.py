@@ -29,14 +29,9 @@ class SparseRows(UnitRows):
     form = "sparse"
 
     def __init__(
-        self,
-        row: Int[Tensor, "n"],
-        token: Int[Tensor, "n"],
-        values: Float[Tensor, "n E"],
-        *,
-        count: int,
+        self, row: Int[Tensor, "n"], token: Int[Tensor, "n"], values: Float[Tensor, "n E"], *, count: int,
         vocabulary: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(count, vocabulary * values.shape[1])
         self.row, self.token, self.values, self.vocabulary = row, token, values, vocabulary
 
@@ -48,14 +43,9 @@ class SparseRows(UnitRows):
 
     @classmethod
     def summed(
-        cls,
-        row: Int[Tensor, "n"],
-        token: Int[Tensor, "n"],
-        values: Float[Tensor, "n E"],
-        *,
-        count: int,
+        cls, row: Int[Tensor, "n"], token: Int[Tensor, "n"], values: Float[Tensor, "n E"], *, count: int,
         vocabulary: int,
-    ) -> SparseRows:
+    ) -> SparseRows:  # fmt: skip
         """Rows from entries of which several may be of the same row and token."""
         unique, place = torch.unique(token + row * vocabulary, return_inverse=True)
         values = sum_by(place, values, len(unique))

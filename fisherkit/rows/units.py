@@ -107,10 +107,6 @@ class RuledUnit(Unit):
         """Of its rule, for `coverage`."""
         return self.rule.name
 
-    def _own(self, use: Use) -> tuple[str, ...]:
-        """The unit's parameters in a use; the use's others have units of their own."""
-        return use.names if use.names == self.names else tuple(name for name in use.names if name in self.names)
-
     def _restricted(self, use: Use) -> Use:
         """A use as if only the unit's parameters were chosen."""
         if use.names == self.names:
@@ -211,7 +207,9 @@ class RuledUnit(Unit):
 
     def differs(self, use: Use) -> bool:
         """Whether a use is not of the form that was verified."""
-        return use.rule is not self.rule or self._own(use) != self.names or not use.plain or use.turned != self.turned
+        # A use's other parameters have units of their own.
+        own = use.names == self.names or tuple(name for name in use.names if name in self._known) == self.names
+        return not own or use.rule is not self.rule or not use.plain or use.turned != self.turned
 
 
 class SharedUnit(RuledUnit):
@@ -365,12 +363,9 @@ class SlicedUnit(RuledUnit):
 
 
 def _tabled(
-    values: Float[Tensor, "n k E"],
-    which: Int[Tensor, "n"],
-    whose: Int[Tensor, "n"],
-    selection: RowSelection,
+    values: Float[Tensor, "n k E"], which: Int[Tensor, "n"], whose: Int[Tensor, "n"], selection: RowSelection,
     slices: int,
-) -> SparseRows:
+) -> SparseRows:  # fmt: skip
     """Rows of a table from a summand for each position and vector, its place and its example."""
     vectors, device = values.shape[1], values.device
     slots = torch.arange(vectors * selection.batch, device=device)
@@ -380,9 +375,7 @@ def _tabled(
     row = row.reshape(vectors, -1).mT[whose].flatten()
     kept = row >= 0
     token = which.repeat_interleave(vectors)
-    return SparseRows.summed(
-        row[kept], token[kept], values.flatten(0, 1)[kept], count=len(chosen), vocabulary=slices
-    )  # fmt: skip
+    return SparseRows.summed(row[kept], token[kept], values.flatten(0, 1)[kept], count=len(chosen), vocabulary=slices)
 
 
 def form_of(use: Use) -> Form:

@@ -187,7 +187,7 @@ def retrain(
         "seeds": list(seeds),
         "likelihood": _recorded(likelihood),
         "measurements": {name: _name(function) for name, function in measured.items()},
-        "data": _hash([*data.leaves()[0], targets, *asked.leaves()[0], wanted]),
+        "data": _hash([*data.batched, targets, *asked.batched, wanted]),
         "subsets": _hash([masks]),
         "models": _hash([tensor for model in untrained for tensor in model.state_dict().values()]),
     }
