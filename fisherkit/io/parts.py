@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
 from fisherkit.io.atomic import delete, replace_text
-from fisherkit.io.checksums import CHECKSUM, Checksums, Written, parse, seal, written
+from fisherkit.io.checksums import Checksums, Written, written
 from fisherkit.io.fisher_file import (
     SHARD_FORMAT,
     SHARDED_VERSION,
@@ -32,6 +32,7 @@ from fisherkit.io.fisher_file import (
     pack,
     refuse_others,
 )
+from fisherkit.io.record import differing, read_record, write_record
 from fisherkit.io.tensors import FORMAT, SUFFIX, UNREADABLE, cut, forms_of, new_files
 from fisherkit.space import ParameterSpace
 
@@ -80,18 +81,8 @@ class PartsFile:
         if not file.exists():
             return {}
         advice = f"overwrite=True, which makes all parts again, another name, or rm {file}"
-        try:
-            found = dict(parse(file.read_text("utf-8")))
-            if found.get("format") != PARTS_FORMAT or found[CHECKSUM] != seal(found):
-                raise ValueError("it is not what was written, by its checksum")
-            known = dict(found["settings"])
-        except (OSError, LookupError, ValueError, TypeError) as error:
-            raise FileFormatError(
-                self._call, f"{file.name}, which cannot be read ({error})", "what an interrupted run has written",
-                try_=advice,
-            ) from error  # fmt: skip
-        names = sorted(known.keys() | self._settings.keys())
-        if changed := [name for name in names if known.get(name) != self._settings.get(name)]:
+        found = read_record(file, {"format": PARTS_FORMAT}, self._call, "a record of finished parts", advice)
+        if changed := differing(found["settings"], self._settings):
             raise InvalidArgumentError(
                 self._call, f"{file.name} of an interrupted run with another {listed(changed)}",
                 "no such file, or the same run again, which goes on from there",
@@ -170,7 +161,7 @@ class PartsFile:
             "files": {key: file.name for file, forms in files.items() for key in forms}, "nodes": nodes,
             "tensors": {name: one._asdict() for name, one in written(tensors).items()}, "record": dict(record),
         }  # fmt: skip
-        replace_text(record_of(self.path), json.dumps({**self._record, CHECKSUM: seal(self._record)}))
+        write_record(record_of(self.path), self._record)
 
     @property
     def records(self) -> list[dict[str, Any]]:
