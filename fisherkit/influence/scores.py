@@ -22,14 +22,13 @@ from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
 from fisherkit.influence.blocks import (
+    CALL,
     MOST,
     KeptBlocks,
     LiveBlocks,
     OncePerExample,
     RowBlock,
     RowBlocks,
-    by_all,
-    by_first,
     in_groups,
     read_blocks,
     write_blocks,
@@ -47,7 +46,7 @@ from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
 from fisherkit.operators.factorization import Factorization, RowProducts
-from fisherkit.processes import Group, Processes
+from fisherkit.processes import ALONE, Group, Processes
 from fisherkit.rows.collection import Rows
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
@@ -176,15 +175,15 @@ class InfluenceScores:
             check_count("prepare", "checked", checked)
         path = None if folder is None else io.as_path(folder, "prepare(folder)")
         alone = folder is None and compress is None
-        processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")
-        by_all(processes, self._model_rows.begin)
-        if processes is not None:
+        processes = ALONE if alone else Processes.of(group, self._model_rows.device, "prepare")
+        processes.each(CALL, self._model_rows.begin)
+        if processes.size > 1:
             asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
-            told = by_all(processes, lambda: None if queries is None else self._model_rows.digest(queries))
+            told = processes.each(CALL, lambda: None if queries is None else self._model_rows.digest(queries))
             asked |= {"queries": told, "folder": "None" if folder is None else "a path"}
-            processes.require_same("prepare", self._model_rows.settings(token=by == "token") | asked)
-        live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
-        live.set_written_out(by_first(processes, lambda: live.written_out))
+            processes.require_same("prepare", lambda: self._model_rows.settings(token=by == "token") | asked)
+        live = processes.each(CALL, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
+        live.set_written_out(processes.by_first(CALL, lambda: live.written_out))
         largest = live.limit
         if compress is not None:
             live, size = self._compressed(live, compress, most_error, path, queries, checked, processes)
@@ -193,7 +192,7 @@ class InfluenceScores:
 
     def _compressed(
         self, live: LiveBlocks, compress: int | float, most_error: float | None, folder: Path | None,
-        queries: Data | None, checked: int, processes: Processes | None,
+        queries: Data | None, checked: int, processes: Processes,
     ) -> tuple[LiveBlocks, int]:  # fmt: skip
         """The rows over leading eigenvectors, whose error is measured, and the bytes that one takes."""
         rows, damping = self._model_rows, self.damping
@@ -206,25 +205,21 @@ class InfluenceScores:
                 return found.layers, damping, True
             return Basis.of(rows.fisher, damping, compress, probe).layers, damping, False
 
-        basis = Basis(rows.fisher, damping, compress, *by_first(processes, chosen))
-        if processes is not None:
-            processes.each("prepare", basis.refuse_other)
+        basis = Basis(rows.fisher, damping, compress, *processes.by_first(CALL, chosen))
+        processes.each("prepare", lambda: basis.refuse_other() if processes.rank else None)
 
         # Examples of all data, by their place there, and one process that measures: any number of them tell the same.
-        count = by_all(processes, live.count)
-        before, total = 0, count
-        if processes is not None:
-            before, total = processes.before(live.counted), sum(processes.gathered(count))
-        sample = by_all(processes, lambda: rows.every(live, max(1, total // checked), before))
-        if processes is not None:
-            sample = [part for rank in range(processes.size) for part in processes.sent_by(rank, sample)]
+        count = processes.each(CALL, live.count)
+        before, total = processes.before(live.counted), sum(processes.gathered(count))
+        sample = processes.each(CALL, lambda: rows.every(live, max(1, total // checked), before))
+        sample = [part for rank in range(processes.size) for part in processes.sent_by(rank, sample)]
 
         def told() -> Compression:
             asked = None if queries is None else rows.queries(queries, "loss")
             some = None if asked is None else rows.sample(asked, max(1, asked.count() // checked))
             return measured(self._inverse, basis, Rows.cat(sample), some, rows.room(2 * rows.space.size))
 
-        report = by_first(processes, told)
+        report = processes.by_first(CALL, told)
         refuse_error(report, most_error)
         settings = live.settings | {"compress": basis.settings}
         return LiveBlocks(live.problem, live.limit, settings, basis, report), report.bytes

@@ -105,8 +105,7 @@ class Curvature:
         )
         self.processes = Processes.of(group, next(model.parameters()).device, call)
         _refuse_other_processes(model, self.processes, call)
-        if self.processes is not None:  # labels are drawn for each process by itself
-            self.capture.offset = self.processes.rank << 32
+        self.capture.offset = self.processes.rank << 32  # labels are drawn for each process by itself
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping | LayerDamping, list[Factorization]] | None = None
@@ -153,14 +152,9 @@ class Curvature:
 
         Several processes must have ``settings`` alike, and all that decides about the Fisher.
         """
-        if self.processes is None:
-            return self._finite(gradients)
         call = f"{self.call}.step"
         own = self.processes.each(call, lambda: self._finite(gradients))
-        told = {name: str(value) for name, value in {**self._settings, **settings}.items()}
-        everyones = self.processes.gathered((own, told))
-        self.processes.refuse_different(call, [told for _, told in everyones])
-        return all(own for own, _ in everyones)
+        return all(self.processes.require_same(call, lambda: {**self._settings, **settings}, own))
 
     @property
     def _settings(self) -> dict[str, object]:
@@ -217,23 +211,15 @@ class Curvature:
                 block structures.
             InvalidArgumentError: a `LayerDamping` of a structure that keeps rows.
         """
-        due = self.due
-        processes = self.processes
-        if processes is None:
-            captured, space = self._taken()
-            if due:
-                self._refuse_strays(own, gradients, space)
-        else:
-            captured, space = processes.each(f"{self.call}.step", self._taken)
-            space = self._used_anywhere(space, processes)
-            if due:
-                processes.each(f"{self.call}.step", lambda: self._refuse_strays(own, gradients, space))
-        examples = sum(one.counted for one in captured)
-        if self.processes is not None:
-            everyones = self.processes.gathered((examples, self.capture.examples))
-            examples = sum(own for own, _ in everyones)
-            # The same in all, as what a state dict holds must be: of a checkpoint, each process writes some entries.
-            self.capture.examples = max(seen for _, seen in everyones)
+        due, processes = self.due, self.processes
+        captured, space = processes.each(f"{self.call}.step", self._taken)
+        space = self._used_anywhere(space)
+        if due:
+            processes.each(f"{self.call}.step", lambda: self._refuse_strays(own, gradients, space))
+        everyones = processes.gathered((sum(one.counted for one in captured), self.capture.examples))
+        examples = sum(counted for counted, _ in everyones)
+        # The same in all, as what a state dict holds must be: of a checkpoint, each process writes some entries.
+        self.capture.examples = max(seen for _, seen in everyones)
         if due and examples == 0:  # every label is ignored
             nothing = torch.zeros_like(self._mean(gradients, space, 1))
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
@@ -258,8 +244,8 @@ class Curvature:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
                 self.averages.update(
-                    captured[0].plan, space, chunks, examples, self.processes, call=f"{self.call}.step",
-                    large=self._large or self.processes is not None,  # in one process, in all
+                    captured[0].plan, space, chunks, examples, processes, call=f"{self.call}.step",
+                    large=self._large or processes.size > 1,  # in one process, in all
                 )  # fmt: skip
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
@@ -273,9 +259,11 @@ class Curvature:
         joint = self._joint_space(captured) if due or self.reduction == "sum" else None
         return captured, self.averages.space(self.capture.space) if joint is None or not due else joint
 
-    def _used_anywhere(self, space: ParameterSpace, processes: Processes) -> ParameterSpace:
+    def _used_anywhere(self, space: ParameterSpace) -> ParameterSpace:
         """The parameters that take part in any process; in one that has no rows of some, these are zero."""
-        everyones = processes.gathered(space.names)
+        everyones = self.processes.gathered(space.names)
+        if all(names == space.names for names in everyones):
+            return space
         odd = sorted({name for names in everyones for name in set(names) ^ set(space.names)})
         if odd and self.averages.structure.keeps_rows:
             raise ModelError(
@@ -314,7 +302,7 @@ class Curvature:
             return
         if self._power is None:
             said = [wrong_reduction(captured, self.reduction, sum(one.counted for one in captured))]
-        elif self.processes is None:
+        elif self.processes.size == 1:
             mean = self._mean(gradients, space, self.examples)
             said = [ignored_weights(captured), ignored_terms(captured, mean)]
         else:  # the gradient is made of other processes' examples too
@@ -330,12 +318,12 @@ class Curvature:
         if self._power is not None and is_number(damping):
             targets = torch.cat([_targets(one, self._power, len(captured)) for one in captured])
             rows: Rows | SharedRows = Rows.taken_from([chunk.rows for chunk in chunks])
-            if processes is not None:
+            if processes.size > 1:
                 rows = SharedRows(rows, processes)
                 targets = processes.stacked(targets, rows.sizes)
             return gram_direction(rows, structure.groups, targets, damping, self.examples)
         sums = structure.empty().added(chunks)
-        operator = structure.operator(sums if processes is None else sums.met(processes), 1 / self.examples)
+        operator = structure.operator(processes.met(sums), 1 / self.examples)
         inverse = operator.factorize(self._effective(damping))
         return damped(plan.space, [inverse], self._mean(gradients, plan.space, self.examples))
 
@@ -415,10 +403,9 @@ class Curvature:
         pairs = zip(space.names, space.sizes, strict=True)
         flat = torch.cat([gradients[n].reshape(-1) if n in gradients else like.new_zeros(size) for n, size in pairs])
         flat = flat.to(at_least_single(flat.dtype))
-        if self.processes is not None:
-            self.processes.require_alike(f"{self.call}.step", flat)
-            flat = flat * self.processes.size if self.reduction == "sum" else flat  # what was averaged over processes
-        return flat / max(examples, 1) if self.reduction == "sum" else flat
+        self.processes.require_alike(f"{self.call}.step", flat)
+        # What was averaged over processes is a sum again.
+        return flat / (max(examples, 1) / self.processes.size) if self.reduction == "sum" else flat
 
     @property
     def _parameters(self) -> dict[str, str]:
@@ -550,17 +537,16 @@ def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     return model.module, inner
 
 
-def _refuse_other_processes(model: nn.Module, processes: Processes | None, call: str) -> None:
+def _refuse_other_processes(model: nn.Module, processes: Processes, call: str) -> None:
     """Refuse a group of other processes than those that `fully_shard` has left shards of the model.
 
     Raises:
         ModelError: their number is another.
     """
-    size = 1 if processes is None else processes.size
     sharers = {p.device_mesh.size() for p in model.parameters() if hasattr(p, "device_mesh")}
-    if sharers - {size}:
+    if sharers - {processes.size}:
         raise ModelError(
-            call, f"a model in shards of {max(sharers)} processes, and a group of {size}",
+            call, f"a model in shards of {max(sharers)} processes, and a group of {processes.size}",
             "a group of the processes that have the shards",
             why="each writes its shard of the update, which must be the same update",
             try_="group=None in a default group of those processes, or their own group",

@@ -479,7 +479,7 @@ class EKFAC(KFAC):
             return RotatedSquares.zeros(factors[names], self.dtype, names)
 
         new = {names: u.decomposition_cost for names, u in factors.items() if u.spectra is None}
-        sent = {} if self.processes is None else self.processes.shared_out(new, moments)
+        sent = self.processes.shared_out(new, moments)
         return LayerSums(self, {names: sent[names] if names in sent else moments(names) for names in factors}, others)
 
 
