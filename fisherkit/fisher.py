@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
-from fisherkit.arguments import check_choice, check_positive
+from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import without_autocast
 from fisherkit.build import Builder, BuildPlan, Built, PartsFile
 from fisherkit.coverage import Coverage
@@ -229,7 +229,7 @@ class _Asked(NamedTuple):
         if isinstance(budget, float) and budget.is_integer():
             budget = int(budget)  # as 2e9 is
         for name, value in (("chunk_size", o.chunk_size), ("memory_budget", budget), ("max_rows", o.max_rows)):
-            check_positive(call, name, value)
+            check_count(call, name, value, optional=True)
         _refuse_unfit(call, o, chosen)
         if o.generator is not None and not isinstance(o.generator, torch.Generator):
             raise InvalidTypeError(call, f"a {type(o.generator).__name__} as generator", "a torch.Generator or None")

@@ -14,6 +14,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -341,7 +342,6 @@ def _write(path: Path, block: RowBlock, batch: Batch) -> str:
 
 
 def _read(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """A block's header and tensors as they were written."""
     try:
         header, tensors = io.read_tensors(path, device, CALL, "prepare")
     except FileFormatError as error:
@@ -394,7 +394,7 @@ def _there(path: Path, source: LimitedSource, device: torch.device, first: int) 
     return found
 
 
-def _make_folder(path: Path) -> None:
+def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
     if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
         raise InvalidArgumentError(CALL, str(path), "a folder, or a new one in a folder that exists")
     path.mkdir(exist_ok=True)
@@ -402,10 +402,6 @@ def _make_folder(path: Path) -> None:
     if not (path / MANIFEST).exists() and any(name != FILE for name in others):
         raise InvalidArgumentError(CALL, f"{path}, which holds other files", "an empty folder, or one of prepared rows")
 
-
-def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
-    """The manifest that is there, or a new one."""
-    _make_folder(path)
     fresh, settings = not (path / MANIFEST).exists(), live.settings
     known = settings if fresh else _manifest(path)["settings"]
     if changed := io.differing(known, settings):
@@ -422,27 +418,21 @@ def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
 def _refuse_elsewhere(path: Path, manifest: dict[str, Any]) -> None:
     """Refuse a folder that is not the one in which the first process has begun."""
     begun = time.monotonic()
-    while not _has(path, manifest):
-        if time.monotonic() - begun < PATIENCE:  # disks that several machines see may show a new file late
-            time.sleep(0.05)
-            continue
-        raise InvalidArgumentError(
-            CALL, f"{path}, which is not where the first process has begun", "one folder for all processes",
-            why="each writes its part of the rows there",
-            try_="the same folder in all of them, on a disk that all see; group=False for rows of this process alone",
-        )  # fmt: skip
-
-
-def _has(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether this is the manifest that is there."""
-    try:
-        return _manifest(path) == manifest
-    except FileFormatError:
-        return False
+    while True:
+        with suppress(FileFormatError):
+            if _manifest(path) == manifest:
+                return
+        if time.monotonic() - begun >= PATIENCE:  # disks that several machines see may show a new file late
+            break
+        time.sleep(0.05)
+    raise InvalidArgumentError(
+        CALL, f"{path}, which is not where the first process has begun", "one folder for all processes",
+        why="each writes its part of the rows there",
+        try_="the same folder in all of them, on a disk that all see; group=False for rows of this process alone",
+    )  # fmt: skip
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest that is there."""
     advice = "another folder, or delete this one: its rows are then made again"
     return io.read_record(path / MANIFEST, {"format": FORMAT, "version": VERSION}, CALL, "a manifest", advice)
 

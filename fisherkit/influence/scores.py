@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fisherkit import io
-from fisherkit.arguments import check_choice, check_count, check_number
+from fisherkit.arguments import check_choice, check_count, check_number, check_type
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
@@ -370,10 +370,7 @@ class InfluenceScores:
         the memory budget holds; another one over those that are checked.
         """
         call = "approximate_scores"
-        if not isinstance(approximation, LowRankQueries):
-            raise InvalidTypeError(
-                call, f"a {type(approximation).__name__} as approximation", "fk.influence.LowRankQueries(rank)"
-            )
+        check_type(call, "approximation", approximation, LowRankQueries, "fk.influence.LowRankQueries(rank)")
         check_count(call, "checked", checked)
         self._model_rows.begin()
         blocks = self._training(train, token=False)
@@ -507,15 +504,10 @@ class InfluenceScores:
                     found[name] = found[name] + part if name in found else part
             else:
                 found[""] = solution.products(other.rows)
-            yield {name: self._placed(part, block, other, by, scale) for name, part in found.items()}
-
-    def _placed(
-        self, part: Float[Tensor, "R S"], queries: RowBlock, train: RowBlock, by: str | None, scale: float | Tensor
-    ) -> Tensor:
-        """From rows on both sides to examples on both, the queries first."""
-        part = train.by_position(part) if by == "token" else train.by_example(part)
-        part = queries.by_example(part.movedim(-1, 0))
-        return (part * scale).to(self._model_rows.dtype)
+            # From rows on both sides to examples on both, the queries first.
+            placed = other.by_position if by == "token" else other.by_example
+            parts = {name: block.by_example(placed(part).movedim(-1, 0)) for name, part in found.items()}
+            yield {name: (part * scale).to(self._model_rows.dtype) for name, part in parts.items()}
 
     def _inverse_for(self, blocks: RowBlocks) -> Factorization:
         """(F + λI)⁻¹ over what the rows are over."""
@@ -552,10 +544,8 @@ MANY = 1 << 20
 
 
 def _check_options(by: Any, groups: Any, normalize: Any) -> None:
-    """Refuse what is not allowed and what does not go together."""
     call = "scores"
-    if groups is not None and not isinstance(groups, Tensor):
-        raise InvalidTypeError(call, f"a {type(groups).__name__} as groups", "a tensor of integers")
+    check_type(call, "groups", groups, Tensor | None, "a tensor of integers")
     if groups is not None and (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool):
         raise InvalidTypeError(call, f"groups of {groups.dtype}", "a tensor of integers")
     if groups is not None and groups.numel() and int(groups.long().min()) < 0:
@@ -602,7 +592,6 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 
 def _check_group_count(groups: Tensor, examples: int) -> None:
-    """One group for each example."""
     if groups.shape != (examples,):
         raise InvalidArgumentError(
             "scores(groups)", f"groups of shape {list(groups.shape)} for {examples} training examples",
@@ -611,7 +600,6 @@ def _check_group_count(groups: Tensor, examples: int) -> None:
 
 
 def _grouped(scores: Float[Tensor, "Q N"], groups: Tensor) -> Float[Tensor, "Q G"]:
-    """Sums over groups of training examples."""
     _check_group_count(groups, scores.shape[1])
     groups = groups.to(scores.device, torch.long)
     total = scores.new_zeros(scores.shape[0], int(groups.max()) + 1)

@@ -113,7 +113,6 @@ class FisherFile:
     device: torch.device
 
     def __repr__(self) -> str:
-        """What it holds, on one line."""
         known = self.metadata
         what = " ".join(known[key] for key in ("kind", "structure") if key in known)
         return f"<FisherFile: {what or 'a matrix'}, D = {self.space.size:,}, {len(self.files)} file(s)>"

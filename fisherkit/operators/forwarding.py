@@ -120,7 +120,6 @@ class PackedOperator(ForwardingOperator):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
         return self.packed.nbytes
 
     def _state(self) -> io.State:
