@@ -101,7 +101,6 @@ class BuildPlan:
     refused: str = ""
 
     def __str__(self) -> str:
-        """One fact a line, then the first parts."""
         number = len(self.parts)
         parts = f"{number:,} part{'s' * (number > 1)}, {self.passes:,} pass{'es' * (self.passes > 1)} over the data"
         time = "of a time that is not known, since the data do not say how many examples they have"
@@ -531,7 +530,6 @@ class Builder:
     # -- shared --------------------------------------------------------------------------------------------------------
 
     def _scale(self, tally: Tally) -> float:
-        """1/N or 1."""
         return 1.0 if self.normalization == "sum" else 1.0 / tally.examples
 
     def _counted(self, chunks: Iterable[Chunk], readings: int = 1) -> Iterator[Chunk]:

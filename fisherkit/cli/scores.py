@@ -165,7 +165,6 @@ class Scores(ModelOptions):
             )  # fmt: skip
 
     def _subject(self) -> Subject:
-        """The model with its data."""
         found = self.texts(self.model, {"--train": self.train, "--queries": self.queries}, CALL)
         if found is None:
             return _of_function(self.model, self.device)
@@ -181,7 +180,6 @@ class Scores(ModelOptions):
         return Subject(train.model, train, queries, folder.likelihood, names, show, places)
 
     def _fisher(self, subject: Subject, share: Share) -> tuple[FisherOperator, float | None]:
-        """The Fisher, and the seconds it took."""
         if self.fisher is not None:
             return load(self.fisher, device=next(subject.model.parameters()).device), None
         start = time.perf_counter()

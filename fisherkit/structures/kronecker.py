@@ -412,11 +412,9 @@ class KFAC(LayerStructure):
 
     @staticmethod
     def _many(vectors: float, *sides: int) -> bool:
-        """Whether factors are wide, and vectors as many."""
         return max(sides) >= LARGE and vectors >= max(sides)
 
     def _factors(self, problem: Problem) -> int:
-        """Bytes of the sums of factors."""
         return self.item * sum(i**2 + o**2 for i, o in _sides(problem))
 
     def _others(self, problem: Problem) -> int:
