@@ -1,6 +1,7 @@
 """Labels that a Hugging Face model takes as inputs too, and positions without: its own loss is the truth."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft

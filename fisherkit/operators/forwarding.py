@@ -37,7 +37,9 @@ def _forwarded(name: str) -> Any:
                 raise
             raise error.at(f"{self._name}.{call}") from error
 
-    return property(ask) if isinstance(original, property) else functools.wraps(original, updated=())(ask)
+    if isinstance(original, property):
+        return property(ask, doc=original.__doc__)
+    return functools.wraps(original, updated=())(ask)
 
 
 class ForwardingOperator(FisherOperator):
