@@ -77,5 +77,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """All names, whether they have been imported or not."""
     return sorted({*globals(), *__all__})

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fisherkit.arguments import check_type
 from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, UnknownParameterError, listed
 from fisherkit.wrappers import unwrapped
@@ -85,8 +86,7 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
 
     Cost: O·I·r a layer of rank r, and the dense values' memory.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError("merged_weights", f"a {type(model).__name__}", "a torch.nn.Module")
+    check_type("merged_weights", "model", model, nn.Module, "a torch.nn.Module")
     model = unwrapped(model)
     layers = dict(_adapted(model))
     made, reasons = _products(model, layers)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
@@ -24,39 +24,54 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_positive(call: str, name: str, value: object) -> None:
-    """An argument that is None or an integer from 1 on."""
-    if value is None:
-        return
-    if not is_integer(value):
-        raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", "an integer or None")
-    if value < 1:
-        raise InvalidArgumentError(call, f"{name}={value}", "1 or more, or None")
+def check_number(
+    call: str, name: str, value: Any, *, least: float = 0, most: float = math.inf, above: bool = False,
+    below: bool = False, integer: bool = False, optional: bool = False, **advice: str,
+) -> Any:  # fmt: skip
+    """A finite number between bounds, which ``above`` and ``below`` leave out themselves; or an integer; or None.
 
+    ``advice`` is what else the errors say.
 
-def check_count(call: str, name: str, value: object, *, optional: bool = False, most: int | None = None) -> None:
-    """Refuse what is no integer from 1 on (to ``most``), nor None where that is allowed, by one error for all of it."""
+    Returns:
+        The number, as a float unless it is to be an integer.
+
+    Raises:
+        InvalidTypeError: it is no number, or no integer where one is asked for.
+        InvalidArgumentError: it is outside.
+    """
     if optional and value is None:
-        return
-    if not (is_integer(value) and value >= 1 and (most is None or value <= most)):
-        allowed = "an integer, 1 or more" if most is None else f"an integer from 1 to D = {most}"
-        raise InvalidArgumentError(call, f"{name}={value!r}", allowed + (", or None" if optional else ""))
+        return None
+    kind, none = "an integer" if integer else "a number", "or None" if optional else ""
+    if not (is_integer(value) if integer else is_number(value)):
+        raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", f"{kind} {none}".strip(), **advice)
+    inside = (least < value if above else least <= value) and (value < most if below else value <= most)
+    if not (inside and abs(value) < math.inf):
+        if most < math.inf:
+            span = f" {'above' if above else 'from'} {least:g} {'and' if above else 'to'} {'below ' * below}{most:,}"
+        else:
+            kind = kind if integer else "a finite number"
+            span = f" above {least:g}" if above else f", {least:g} or more" if least > -math.inf else ""
+        raise InvalidArgumentError(call, f"{name}={value!r}", kind + span + f", {none}" * optional, **advice)
+    return value if integer else float(value)
 
 
-def check_number(call: str, name: str, value: object, *, most: float = math.inf) -> float:
-    """A finite number from 0 to ``most``; an InvalidTypeError or InvalidArgumentError for anything else."""
-    if not is_number(value):
-        raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", "a number")
-    if not (math.isfinite(value) and 0 <= value <= most):
-        expected = "a finite number, 0 or more" if most == math.inf else f"a number from 0 to {most:g}"
-        raise InvalidArgumentError(call, f"{name}={value}", expected)
-    return float(value)
+def check_count(call: str, name: str, value: Any, *, most: float = math.inf, optional: bool = False) -> Any:
+    """An integer from 1 on, or None where that is allowed; see `check_number`."""
+    if value is not None or not optional:
+        check_number(call, name, value, least=1, most=most, integer=True, optional=optional)
+    return value
 
 
-def check_choice(call: str, name: str, value: object, allowed: Sequence[object]) -> None:
+def check_type(call: str, name: str, value: object, wanted: Any, expected: str, **advice: str) -> None:
+    """Refuse what is not of a type, or of one of several; ``advice`` is what else the error says."""
+    if not isinstance(value, wanted):
+        raise InvalidTypeError(call, f"a {type(value).__name__}" + f" as {name}" * bool(name), expected, **advice)
+
+
+def check_choice(call: str, name: str, value: object, allowed: Sequence[object], **advice: str) -> None:
     """An argument that is one of a few words."""
     if value not in allowed:
-        raise InvalidArgumentError(call, f"{name}={value!r}", f"one of {list(allowed)}")
+        raise InvalidArgumentError(call, f"{name}={value!r}", f"one of {list(allowed)}", **advice)
 
 
 def check_device(call: str, device: torch.device | str) -> torch.device:

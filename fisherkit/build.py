@@ -24,7 +24,6 @@ from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOp
 from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import check_finite, checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.processes import Processes
 from fisherkit.progress import duration, say
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
@@ -102,7 +101,6 @@ class BuildPlan:
     refused: str = ""
 
     def __str__(self) -> str:
-        """One fact a line, then the first parts."""
         number = len(self.parts)
         parts = f"{number:,} part{'s' * (number > 1)}, {self.passes:,} pass{'es' * (self.passes > 1)} over the data"
         time = "of a time that is not known, since the data do not say how many examples they have"
@@ -135,11 +133,10 @@ class Builder:
         self.told: Callable[[Built], object] = id
         device = problem.plan.example_parameter.device
         self.processes = problem.processes
-        self.shards = 1 if self.processes is None or not shard else self.processes.size
+        self.shards = self.processes.size if shard else 1
         self.frugal = memory_budget is None
         self.budget = available_memory(device) // 2 if memory_budget is None else memory_budget
-        if self.processes is not None:  # what is decided by it must be decided alike
-            self.budget = min(self.processes.gathered(self.budget))
+        self.budget = min(self.processes.gathered(self.budget))  # what is decided by it must be decided alike
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
             "processes": self.processes, "kept": kept, "expected": problem.source.expected,
@@ -215,7 +212,7 @@ class Builder:
 
     def _owned(self, blocks: dict[Names, FisherOperator], load: list[float]) -> dict[Names, FisherOperator]:
         """Those that this process keeps: of sharded ones its own, and what all have a part of."""
-        if self.processes is None or self.shards == 1:
+        if self.shards == 1:
             return blocks
         # About the operations of a decomposition, and the more of them, the more bytes.
         costs = {names: block.nbytes**1.5 for names, block in blocks.items() if block.together is None}
@@ -229,7 +226,7 @@ class Builder:
     def _together(self, space: ParameterSpace, blocks: dict[Names, FisherOperator]) -> FisherOperator:
         """One operator of all blocks, wherever they are."""
         ordered = dict(sorted(blocks.items(), key=lambda block: space.names.index(block[0][0])))
-        if self.processes is None or self.shards == 1:
+        if self.shards == 1:
             return BlockDiagonalOperator(space, list(ordered.values()))
         device, dtype = self.problem.plan.example_parameter.device, self.problem.plan.dtype
         common = {names: block for names, block in ordered.items() if block.together is not None}
@@ -255,8 +252,7 @@ class Builder:
                 del operator, parts
         if not made:
             # Which compares the data with those of the parts.
-            read: Callable[[], object] = functools.partial(deque, self.problem.source, 0)
-            read() if self.processes is None else self.processes.each("reading the data", read)
+            self.processes.each("reading the data", functools.partial(deque, self.problem.source, 0))
         return None
 
     def _foreseen(self, kind: type[Structure], to_file: bool) -> BuildPlan:
@@ -439,7 +435,7 @@ class Builder:
 
     def _met(self, add: Callable[[], Sums], counted: bool = False) -> Sums:
         """What a pass adds up; of several processes, what all of them add up, and the examples of all."""
-        if self.processes is None:
+        if self.processes.size == 1:
             return add()
 
         def tried() -> tuple[Sums | None, Batch | None]:
@@ -455,17 +451,17 @@ class Builder:
         if sums is None:
             raise LookupError("neither sums nor a reason to begin again")
         if not counted:
-            self._count_all(self.processes)
-        return sums.met(self.processes)
+            self._count_all()
+        return self.processes.met(sums)
 
-    def _count_all(self, processes: Processes) -> None:
+    def _count_all(self) -> None:
         """Examples, rows and dropped traces of all processes, in the order of the ranks."""
-        self.counted = list(processes.gathered(Tally.of(self.counted)))
+        self.counted = self.processes.gathered(Tally.of(self.counted))
         Tally.of(self.counted).some()
 
     def _products_before_rows(self) -> float | None:
         """How many products to make before rows that fit in memory; None to make rows at once."""
-        if self.storage != "auto" or self.processes is not None:
+        if self.storage != "auto" or self.processes.size > 1:
             return None
         problem = self.problem
         found = products_before_rows(problem.plan, problem.vectors_per_example, problem.examples)
@@ -498,9 +494,9 @@ class Builder:
             after = f"they pay from {later + 1:,.0f} products on" if later < math.inf else "products need none"
             part, reason = "full, rows later", f"{need} and are not made yet: {after}"
         else:
-            rows = counted() if self.processes is None else self.processes.each("counting", counted)
-            if self.processes is not None:
-                self._count_all(self.processes)
+            rows = self.processes.each("counting", counted)
+            if self.processes.size > 1:
+                self._count_all()
                 rows = SharedRows(rows, self.processes)
             tally = Tally.of(self.counted).some()
             part, scale = "full, streamed rows", self._scale(tally)
@@ -531,7 +527,6 @@ class Builder:
     # -- shared --------------------------------------------------------------------------------------------------------
 
     def _scale(self, tally: Tally) -> float:
-        """1/N or 1."""
         return 1.0 if self.normalization == "sum" else 1.0 / tally.examples
 
     def _counted(self, chunks: Iterable[Chunk], readings: int = 1) -> Iterator[Chunk]:
@@ -542,7 +537,7 @@ class Builder:
             self.counted.append(Tally(chunk.counted, chunk.rows.count, dropped, chunk.squares))
             yield chunk
             del chunk  # not to be held while the next one is made
-        if self.processes is None:
+        if self.processes.size == 1:
             Tally.of(self.counted).some()
 
     def _foretell(self, readings: int) -> None:
@@ -631,14 +626,13 @@ class PartsFile:
         processes = builder.processes
 
         def begun() -> io.PartsFile | None:
-            return make(lambda: self._data) if processes is None or processes.rank == 0 else None
+            return make(lambda: self._data) if processes.rank == 0 else None
 
-        self._file: Any = begun() if processes is None else processes.each("build_file", begun)
+        self._file: Any = processes.each("build_file", begun)
 
     def first(self, work: Callable[[io.PartsFile], T]) -> T:
         """What the first process does with the file, and what comes of it, in all of them."""
-        processes = self.builder.processes
-        return work(self._file) if processes is None else processes.by_first("build_file", lambda: work(self._file))
+        return self.builder.processes.by_first("build_file", lambda: work(self._file))
 
     def begin(self, parts: Sequence[Names], plan: str) -> Sequence[Names]:
         """As the file knows them."""
@@ -650,6 +644,5 @@ class PartsFile:
 
     def keep(self, number: int, blocks: Sequence[FisherOperator], built: Built) -> None:
         """Write it, with what tells the data, every process's, from others."""
-        processes, digests = self.builder.processes, self.builder.problem.source.digests
-        self._data = digests if processes is None else processes.gathered(digests)
+        self._data = self.builder.processes.gathered(self.builder.problem.source.digests)
         self.first(lambda file: file.put(number, [state_of(block) for block in blocks], built.counted()))

@@ -34,7 +34,6 @@ class Coverage:
     entries: tuple[CoverageEntry, ...]
 
     def __str__(self) -> str:
-        """A table of fixed-width columns."""
         header = ("parameters", "rule", "structure", "memory", "reason")
         rows = [header] + [
             (", ".join(e.parameters), e.rule, e.structure, readable(e.memory), e.reason) for e in self.entries

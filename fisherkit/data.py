@@ -299,7 +299,6 @@ def _inputs_and_targets(raw: Any, call: str, model_inputs: ModelInputs) -> tuple
 
 
 def _checked_targets(targets: Any, call: str) -> Tensor | None:
-    """Targets as a tensor."""
     if isinstance(targets, (list, tuple)) and _numbers(targets):
         with contextlib.suppress(TypeError, ValueError):  # lists of several lengths
             targets = torch.as_tensor(np.asarray(targets))
@@ -351,7 +350,6 @@ class Source:
         self._count: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over the batches; the random generators are the caller's own whenever a batch is handed over."""
         return self._compared(self.once())
 
     def once(self, state: RngState | None = None, *, settled: bool = True) -> Iterator[Batch]:
@@ -485,7 +483,6 @@ class Source:
 
 
 def _is_batch(data: Data) -> bool:
-    """Whether the data are one batch."""
     if _is_dataclass(data):
         return not isinstance(data, Iterable)
     if _labelled(data) is not None:

@@ -58,7 +58,6 @@ class FisherkitError(Exception):
         return type(self)(call=call, got=self.got, expected=self.expected, why=self.why, try_=self.try_)
 
     def __str__(self) -> str:
-        """The message itself; ``KeyError`` and its kin would quote it."""
         return str(self.args[0])
 
 

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_count, is_number
+from fisherkit.arguments import check_count, check_number, check_type
 from fisherkit.arithmetic import all_finite, checked_product, without_autocast
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, NotConvergedWarning, warn
+from fisherkit.errors import InvalidArgumentError, NonFiniteError, NotConvergedWarning, warn
 
 DEFAULT_SEED = 2406
 """Seed of the generator that is made where none is passed."""
@@ -256,8 +256,7 @@ def _damped_sum(
 ) -> Estimate:  # fmt: skip
     """Σ f(F/λ) over its D eigenvalues; f's derivatives are positive and negative in turn."""
     call = f"{name}(damping={damping})"
-    if not (is_number(damping) and math.isfinite(damping) and damping > 0):
-        raise InvalidArgumentError(call, str(damping), "a finite number > 0", why=why)
+    check_number(name, "damping", damping, above=True, why=why)
     bounds = []
     for diagonal, coupling in _tridiagonal(name, operator, samples, steps, generator):
         for nodes, weights in (_quadrature(diagonal, coupling), _quadrature(_radau(diagonal, coupling), coupling)):
@@ -353,12 +352,9 @@ def _source(call: str, operator: object, generator: torch.Generator | None) -> t
     Raises:
         InvalidTypeError: it is none, or the operator is none.
     """
-    for name, value, kind, expected in (
-        ("operator", operator, SupportsMatvec, "a Fisher, or an object with size, dtype, device and matvec"),
-        ("generator", generator, torch.Generator | None, "a torch.Generator or None"),
-    ):
-        if not isinstance(value, kind):
-            raise InvalidTypeError(call, f"a {type(value).__name__} as {name}", expected)
+    wanted = "a Fisher, or an object with size, dtype, device and matvec"
+    check_type(call, "operator", operator, SupportsMatvec, wanted)
+    check_type(call, "generator", generator, torch.Generator | None, "a torch.Generator or None")
     return torch.Generator().manual_seed(DEFAULT_SEED) if generator is None else generator
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
-from fisherkit.arguments import check_choice, check_positive
+from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import without_autocast
 from fisherkit.build import Builder, BuildPlan, Built, PartsFile
 from fisherkit.coverage import Coverage
@@ -27,7 +27,7 @@ from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
 from fisherkit.model_state import weight_hashes
-from fisherkit.operators import BlockDiagonalOperator, ForwardingOperator, open_file
+from fisherkit.operators import BlockDiagonalOperator, ForwardingOperator
 from fisherkit.operators.files import FisherFile, open_together
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, Processes
@@ -229,7 +229,7 @@ class _Asked(NamedTuple):
         if isinstance(budget, float) and budget.is_integer():
             budget = int(budget)  # as 2e9 is
         for name, value in (("chunk_size", o.chunk_size), ("memory_budget", budget), ("max_rows", o.max_rows)):
-            check_positive(call, name, value)
+            check_count(call, name, value, optional=True)
         _refuse_unfit(call, o, chosen)
         if o.generator is not None and not isinstance(o.generator, torch.Generator):
             raise InvalidTypeError(call, f"a {type(o.generator).__name__} as generator", "a torch.Generator or None")
@@ -250,25 +250,22 @@ class _Asked(NamedTuple):
         device, dtype = model_device(model, space.names, own)
         hashes = weight_hashes(model, space.names, own)
         source, processes = Source(o.data, model), Processes.of(o.group, device, call)
-        settings = {
-            name: getattr(o, name)
-            for name in ("structure", "example", "normalization", "kfac_positions", "max_rows", "storage", "shard")
-        }
-        if processes is None:
+        if processes.size == 1:
             plan = plan_of(model, space, source, assume=True, own=own)
         else:
-            processes.require_same(call, {
+            processes.require_same(call, lambda: {
                 "parameters": space.names, "dtype": dtype, "weights": hashes()[0], "likelihood": resolved.recorded,
                 "kind": (rule.kind_name, rule.kind_options()), "shift_labels": o.shift_labels, "budget": budget,
-                "kept dtype": o.dtype, **settings,
+                "kept dtype": o.dtype, "structure": o.structure, "example": o.example, "storage": o.storage,
+                "normalization": o.normalization, "kfac_positions": o.kfac_positions, "max_rows": o.max_rows,
+                "shard": o.shard,
             })  # fmt: skip
             plan = joint_plan(model, space, source, processes)
         problem = Problem(
             plan, source, resolved, rule, o.example == "token",
             is_causal(model) if o.shift_labels is None else o.shift_labels, o.chunk_size,
-            o.progress and (processes is None or processes.rank == 0), processes=processes,
-            shift_guessed=o.shift_labels is None,
-            offset=0 if processes is None or not rule.random else processes.before(source.count),
+            o.progress and processes.rank == 0, processes=processes, shift_guessed=o.shift_labels is None,
+            offset=processes.before(source.count) if rule.random else 0,
         )  # fmt: skip
         builder = Builder(
             problem, normalization=o.normalization, memory_budget=budget, reduce=o.kfac_positions == "reduce",
@@ -360,7 +357,7 @@ def build_file(
     io.check_folder(path, call)
     asked = _asked(call, model, data, kind, options)
     builder, recorded = asked.builder, _hashed(asked.recorded, asked.hashes)
-    source, plan = builder.problem.source, builder.problem.plan
+    source, plan, processes = builder.problem.source, builder.problem.plan, builder.processes
     builder.storage = "rows"  # a file has them
     if builder.shards > 1:
         raise InvalidArgumentError(
@@ -371,15 +368,14 @@ def build_file(
         "space": str(dict(zip(plan.space.names, plan.space.shapes, strict=True))), "dtype": str(plan.dtype),
         "threads": str(torch.get_num_threads()), "chunk_size": str(options.get("chunk_size")),
         "shift_labels": str(builder.problem.shift_labels),
-    } | ({} if builder.processes is None else {"processes": str(builder.processes.size)})  # fmt: skip
+    } | ({"processes": str(processes.size)} if processes.size > 1 else {})  # fmt: skip
     parts = PartsFile(
         builder, lambda data: io.PartsFile(path, settings, data, largest=max_shard_size, overwrite=overwrite, call=call)
     )
     known = parts.first(lambda file: {key: file.known[key] for key in ("budget", "data") if file.known})
     if known:
         builder.budget = builder.settings["memory_budget"] = known["budget"]
-        own = known["data"] if builder.processes is None else known["data"][builder.processes.rank]
-        source.expect(own, io.record_of(path).name)
+        source.expect(known["data"][processes.rank], io.record_of(path).name)
     with without_autocast():
         built = builder.build_into(asked.structure, parts)
 
@@ -395,8 +391,7 @@ def build_file(
             built.operator.save(path, max_shard_size=max_shard_size)
 
     parts.first(finish)
-    processes = builder.processes
-    return open_file(path) if processes is None else open_together(path, processes, call)
+    return open_together(path, processes, call)
 
 
 def _asked(call: str, model: nn.Module, data: Data, kind: str | OutputRule, options: Mapping[str, Any]) -> _Asked:

@@ -308,7 +308,6 @@ class Likelihood(ABC):
         return self.name + self._settings_text()
 
     def __repr__(self) -> str:
-        """The class and the settings that are not the default."""
         return type(self).__name__ + (self._settings_text() or "()")
 
     def _settings_text(self) -> str:

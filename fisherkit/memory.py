@@ -76,7 +76,6 @@ class LiveBytes(TorchDispatchMode):
         self.most = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note what a function makes, but for views of what was there before."""
         given = {storage.data_ptr() for storage in _storages((args, kwargs))}
         found = func(*args, **(kwargs or {}))
         for storage in _storages(found):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit.adapters import products
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.arguments import check_type
+from fisherkit.errors import InvalidArgumentError
 from fisherkit.wrappers import COMPILED, PARALLEL, full, plain, unwrapped
 
 CHECKSUM = "checksum"
@@ -50,8 +51,7 @@ def parameters_hash(model: nn.Module) -> str:
 
     Cost: reads every value twice, on its device, and moves about a thousandth of them to the CPU.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError("parameters_hash(model)", f"a {type(model).__name__}", "a torch.nn.Module")
+    check_type("parameters_hash(model)", "", model, nn.Module, "a torch.nn.Module")
     return tensors_hash({plain(name): tensor for name, tensor in _tensors(unwrapped(model)).items()})
 
 

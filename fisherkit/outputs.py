@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherkit.arguments import check_type
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.likelihood import confirm
 
@@ -370,9 +371,6 @@ class OutputRule(ABC):
 def vectors_of(rule: OutputRule, outputs: Outputs, whole: bool = False) -> OutputVectors:
     """What a rule answers, checked, with zeros at positions that do not count; ``whole`` if all are known to."""
     found, call = rule.output_vectors(outputs), f"{type(rule).__name__}.output_vectors"
-    if not isinstance(found, OutputVectors):
-        raise InvalidTypeError(
-            call, f"a {type(found).__name__}", "an fk.OutputVectors", why="it says which of the vectors count, too",
-            try_="fk.OutputVectors(v), v of shape [n, M, P, C]",
-        )  # fmt: skip
+    why, try_ = "it says which of the vectors count, too", "fk.OutputVectors(v), v of shape [n, M, P, C]"
+    check_type(call, "", found, OutputVectors, "an fk.OutputVectors", why=why, try_=try_)
     return found.at(outputs, call, whole)

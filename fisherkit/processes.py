@@ -20,41 +20,46 @@ from torch import Tensor
 
 from fisherkit.errors import FisherkitError, InvalidTypeError, ProcessError, listed
 
-T = TypeVar("T")
 K = TypeVar("K")
+T = TypeVar("T")
 
 Group = Any
 """None for the default group where there is one, False for this process alone, or a ``torch.distributed`` group."""
 
 
 class Processes:
-    """The processes of a group (None for the default one), this one among them; tensors travel on the device."""
+    """The processes of a group (None for the default one), this one among them; tensors travel on the device.
 
-    def __init__(self, group: Any, device: torch.device) -> None:
+    Without arguments this process alone, which exchanges nothing: what is everyone's is then its own.
+    """
+
+    def __init__(self, group: Group = False, device: torch.device | None = None) -> None:
         self.group, self.device = group, device
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.size = (0, 1) if group is False else (dist.get_rank(group), dist.get_world_size(group))
 
     @classmethod
-    def of(cls, group: Group, device: torch.device, call: str) -> Processes | None:
-        """Those of a group; None where this process is alone. A group that it is not in is refused."""
+    def of(cls, group: Group, device: torch.device, call: str) -> Processes:
+        """Those of a group. A group that this process is not in is refused."""
         if group is False or not (dist.is_available() and dist.is_initialized()):
             if group not in (None, False):
                 raise InvalidTypeError(
                     call, f"group={group!r}, and no process group is initialised", "a group, None or False",
                     try_="torch.distributed.init_process_group(...) first",
                 )  # fmt: skip
-            return None
+            return ALONE
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise InvalidTypeError(
                 call, f"group={group!r}", "a torch.distributed group that this process is in, None "
                 "for the default group, or False for this process alone",
             )  # fmt: skip
-        return cls(group, device) if dist.get_world_size(group) > 1 else None
+        return cls(group, device) if dist.get_world_size(group) > 1 else ALONE
 
     # -- exchanges; every process of the group must come to the same ones in the same order ----------------------------
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all processes' tensors of one shape, the same to the last bit on each; in place if it can be."""
+        if self.size == 1:
+            return tensor
         tensor = tensor.contiguous()
         with self._connected():
             dist.all_reduce(tensor, group=self.group)
@@ -62,11 +67,17 @@ class Processes:
 
     def gathered(self, value: T) -> list[T]:
         """Everyone's value, by rank; small objects and tensors on any device."""
+        if self.size == 1:
+            return [value]
         data, found = io.BytesIO(), list[Any]([None] * self.size)
         torch.save(value, data)
         with self._connected():
             dist.all_gather_object(found, data.getvalue(), group=self.group)
         return [torch.load(io.BytesIO(one), map_location=self.device, weights_only=False) for one in found]
+
+    def met(self, sums: T) -> T:
+        """What all processes have added up."""
+        return sums if self.size == 1 else sums.met(self)  # type: ignore[attr-defined]
 
     def stacked(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone's rows, by rank, of which each rank has so many (``sizes``)."""
@@ -77,6 +88,8 @@ class Processes:
 
     def sent_by(self, rank: int, value: T | None) -> T:
         """One process's object, its tensors sent as they are and not by way of pickle."""
+        if self.size == 1:
+            return value  # type: ignore[return-value]
         source = rank if self.group is None else dist.get_global_rank(self.group, rank)
         tensors: list[Tensor] = []
         packed: list[Any] = [None]
@@ -97,6 +110,8 @@ class Processes:
 
     def each(self, what: str, function: Callable[[], T]) -> T:
         """Call a function that exchanges nothing in every process; an error in one is a ProcessError in all others."""
+        if self.size == 1:
+            return function()
         result: T | None = None
         error: Exception | None = None
         try:
@@ -123,7 +138,7 @@ class Processes:
 
     def before(self, count: Callable[[], int]) -> int:
         """The sum of what the ranks before this one count."""
-        return sum(self.gathered(self.each("counting examples", count))[: self.rank])
+        return 0 if self.size == 1 else sum(self.gathered(self.each("counting examples", count))[: self.rank])
 
     def require_alike(self, call: str, tensor: Tensor) -> None:
         """Refuse to go on where processes come with different operands, or to different exchanges.
@@ -133,6 +148,8 @@ class Processes:
 
         Cost: a few numbers from each process, and a wait for them.
         """
+        if self.size == 1:
+            return
         numbers = tensor.detach().flatten().double()
         places = torch.arange(len(numbers), dtype=torch.float64, device=tensor.device)
         marks = [sum(map(ord, call)), *tensor.shape, *[0] * (3 - tensor.ndim)]
@@ -149,16 +166,12 @@ class Processes:
                 "Fisher of this process's data alone",
             )  # fmt: skip
 
-    def require_same(self, call: str, values: Mapping[str, object]) -> None:
-        """Refuse to go on where processes differ in something that all must have alike."""
-        self.refuse_different(call, self.gathered({name: str(value) for name, value in values.items()}))
-
-    def refuse_different(self, call: str, everyone: Sequence[Mapping[str, str]]) -> None:
-        """As `require_same`, of what has been gathered.
-
-        Raises:
-            ProcessError: in all of them.
-        """
+    def require_same(self, call: str, values: Callable[[], Mapping[str, object]], own: Any = None) -> list[Any]:
+        """Everyone's ``own``, where all have the same values by name; a ProcessError in all of them where not."""
+        if self.size == 1:
+            return [own]
+        told = self.gathered(({name: str(value) for name, value in values().items()}, own))
+        everyone = [texts for texts, _ in told]
         for name in dict.fromkeys(name for one in everyone for name in one):
             first, *rest = (one.get(name, "nothing of that name") for one in everyone)
             others = {rank: text for rank, text in enumerate(rest, 1) if text != first}
@@ -168,6 +181,7 @@ class Processes:
                     call, f"another {name} in some processes (rank 0: {first[:200]}; {got})", "the same in all of them",
                     why="they compute one thing together", try_="group=False for a result of this process alone",
                 )  # fmt: skip
+        return [value for _, value in told]
 
     def owners(self, costs: Mapping[K, float], load: list[float] | None = None) -> dict[K, int]:
         """Which rank has which key: the costliest first, to the rank that has least to do.
@@ -203,6 +217,10 @@ class Processes:
                 f"{self.size}",
                 try_="the output of the other processes; a longer timeout= in init_process_group for slow ones",
             ) from error  # fmt: skip
+
+
+ALONE = Processes()
+"""This process, where no other has a part in it."""
 
 
 class Share:

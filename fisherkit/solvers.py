@@ -183,7 +183,6 @@ class _Solve:
         return residual
 
     def residual(self) -> Float[Tensor, "D K"]:
-        """Target − (A + λI) x."""
         return self.target - checked_product(self.matmat, self.x) - self.damping * self.x
 
     def relative(self, residual: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
@@ -192,11 +191,9 @@ class _Solve:
         return _norm(residual) / torch.where(scale > 0, scale, 1)
 
     def met(self, residual: Float[Tensor, "D K"]) -> bool:
-        """Whether every column meets its goal."""
         return bool((_norm(residual) <= self.goal).all())
 
     def save(self) -> None:
-        """Write the last complete iterate to the file, if there is one."""
         if self.file is not None:
             self.file.save(self.x, int(self.steps), self.spent)
 
@@ -260,7 +257,6 @@ class _File:
         return tensors["solution"], numbers["steps"], numbers["products"]
 
     def due(self) -> bool:
-        """Whether it is time to save."""
         return time.monotonic() - self._last >= EVERY
 
     def save(self, solution: Float[Tensor, "D K"], steps: int, products: int) -> None:

@@ -27,19 +27,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fisherkit.arguments import check_number, check_type
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import (
     FileFormatError,
     FisherkitError,
     InvalidArgumentError,
-    InvalidTypeError,
     MemoryBudgetError,
     NoClosedFormError,
     NotConvergedWarning,
 )
 from fisherkit.operators import Damping, DenseOperator, FisherOperator, RelativeDamping, load, split, usual_damping
 from fisherkit.operators.base import convert
-from fisherkit.operators.normalization import frobenius_norm
 from fisherkit.operators.outputs_average import average_over_outputs
 
 __all__ = ["MAY_BE_REFUSED", "TOLERANCES", "ConformanceError", "ConformanceReport", "check_fisher"]
@@ -86,7 +85,6 @@ class ConformanceReport:
         return operation, self.errors[operation]
 
     def __str__(self) -> str:
-        """A line for each operation."""
         lines = [f"{operation:<20}{error:.1e}" for operation, error in self.errors.items()]
         return "\n".join([*lines, *(f"{operation:<20}no closed form" for operation in self.refused)])
 
@@ -110,16 +108,13 @@ class _Check:
             self.dampings = (0.1 * largest, 0.1 * largest), (RelativeDamping(relative), 0.01 * largest)
 
     def normal(self, *shape: int) -> Tensor:
-        """Normal numbers in the operator's dtype and on its device."""
         drawn = torch.randn(*shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
         return drawn.to(self.operator.device, self.operator.dtype)
 
     def seed(self) -> int:
-        """A seed."""
         return int(torch.randint(1 << 31, (1,), generator=self.generator, device=self.generator.device))
 
     def shifted(self, damping: float) -> Tensor:
-        """The matrix plus damping·I."""
         return self.matrix + damping * torch.eye(len(self.matrix), dtype=torch.float64, device=self.matrix.device)
 
     def columns_of(self, vector: Any) -> Tensor:
@@ -128,7 +123,6 @@ class _Check:
         return flat.reshape(len(flat), -1)
 
     def name(self, operation: str) -> str:
-        """The call, for messages."""
         return f"{type(self.operator).__name__}.{operation}"
 
     def compare(
@@ -237,10 +231,8 @@ def check_fisher(
     Cost: an eigen-decomposition and a few solves with the dense matrix; meant for D up to a thousand or so.
     """
     call = "check_fisher"
-    if not isinstance(operator, FisherOperator):
-        raise InvalidTypeError(call, f"a {type(operator).__name__}", "a FisherOperator")
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        raise InvalidArgumentError(call, f"tolerance={tolerance}", "a positive number, or None")
+    check_type(call, "operator", operator, FisherOperator, "a FisherOperator")
+    check_number(call, "tolerance", tolerance, above=True, optional=True)
     limit = TOLERANCES.get(operator.dtype, 5e-2) if tolerance is None else tolerance
     matrix = _checked_matrix(operator, dense, limit)
     seeds = torch.Generator().manual_seed(0) if generator is None else generator
@@ -428,7 +420,7 @@ def _answers(check: _Check) -> None:
         place = space.take(places, block.space.names)
         whole[place.unsqueeze(1), place] = block.to_dense().double()
     check.compare("blocks", whole.to(operator.dtype), matrix)
-    norm = check.attempt("norm", functools.partial(frobenius_norm, operator))
+    norm = check.attempt("norm", operator._frobenius)
     if norm is not None:
         check.compare("norm", norm, matrix.norm(), dtype=torch.float64)
     average = check.attempt("average", functools.partial(average_over_outputs, operator))

@@ -6,6 +6,7 @@ optimizers take them as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_number, check_positive, is_integer, is_number
+from fisherkit.arguments import check_count, check_number
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.randomness import keyed_uniform
@@ -67,12 +68,8 @@ class SampledVectors(OutputRule):
 
     def __init__(self, draws: int = 1, seed: int = 0) -> None:
         call = "SampledFisher"
-        for name, value in (("draws", draws), ("seed", seed)):
-            if not is_integer(value):
-                raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", "an integer")
-        if draws < 1:
-            raise InvalidArgumentError(call, f"draws={draws}", "1 or more")
-        self.draws, self.seed = draws, seed
+        self.draws = check_count(call, "draws", draws)
+        self.seed = check_number(call, "seed", seed, least=-math.inf, integer=True)
 
     def with_seed(self, seed: int) -> SampledVectors:
         """The same number of draws with another seed."""
@@ -134,13 +131,9 @@ class TruncatedVectors(OutputRule):
         call = "TruncatedFisher"
         if rank is not None and tolerance is not None:
             raise InvalidArgumentError(call, f"rank={rank} and tolerance={tolerance}", "one of them")
-        check_positive(call, "rank", rank)
-        if tolerance is not None and not is_number(tolerance):
-            raise InvalidTypeError(call, f"tolerance of type {type(tolerance).__name__}", "a number")
-        if tolerance is not None and not 0 <= tolerance < 1:
-            raise InvalidArgumentError(call, f"tolerance={tolerance}", "a number from 0 to below 1")
+        check_count(call, "rank", rank, optional=True)
+        self.tolerance = check_number(call, "tolerance", tolerance, most=1, below=True, optional=True)
         self.rank = 2 if rank is None and tolerance is None else rank
-        self.tolerance = None if tolerance is None else float(tolerance)
 
     @property
     def scale_free(self) -> bool:

@@ -1,6 +1,7 @@
 """Errors, and the checks of arguments that raise them."""
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 import fisherkit as fk
 from examples.influence.evaluation import Retraining
 from fisherkit import errors
-from fisherkit.arguments import check_count, check_positive, is_integer
+from fisherkit.arguments import check_number, is_integer
 from fisherkit.errors import FisherkitError, MissingFileError, listed
 from fisherkit.merging import MergePolicy
 from fisherkit.operators import DiagonalOperator, open_file
@@ -64,23 +65,30 @@ def test_is_integer__takes_no_truth_values() -> None:
     assert not any(is_integer(value) for value in (True, False, 1.0, "1", None))
 
 
-@pytest.mark.parametrize("value", [1, 7, None])
-def test_checks__let_counts_pass(value: int | None) -> None:
-    check_positive("call", "name", value)
-    check_count("call", "name", value, optional=True)
+INF = float("inf")
+COUNT = {"least": 1, "integer": True, "optional": True}
 
 
 @pytest.mark.parametrize(
-    ("value", "error"),
-    [(0, fk.InvalidArgumentError), (True, fk.InvalidTypeError), (2.0, fk.InvalidTypeError), ("3", fk.InvalidTypeError)],
-)
-def test_checks__refuse_all_else_with_the_argument_s_name(value: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"call: got name.* or None"):
-        check_positive("call", "name", value)
-    with pytest.raises(fk.InvalidArgumentError, match=f"call: got name={value!r}; expected an integer, 1 or more, or"):
-        check_count("call", "name", value, optional=True)
-    with pytest.raises(fk.InvalidArgumentError, match=r"1 or more\.$"):
-        check_count("call", "name", None)
+    ("value", "options", "expected"),
+    [
+        (0, COUNT, "an integer, 1 or more, or None"), (8, {**COUNT, "most": 7}, "an integer from 1 to 7, or None"),
+        (True, COUNT, "an integer or None"), (2.0, COUNT, "an integer or None"), ("3", COUNT, "an integer or None"),
+        (None, {"integer": True}, "an integer"), (True, {}, "a number"), (None, {}, "a number"),
+        (-0.1, {}, "a finite number, 0 or more"), (INF, {}, "a finite number, 0 or more"),
+        (float("nan"), {"least": -INF}, "a finite number"), (0.0, {"above": True}, "a finite number above 0"),
+        (1.5, {"most": 1}, "a number from 0 to 1"), (1, {"most": 1, "below": True}, "a number from 0 to below 1"),
+        (0, {"most": 1, "above": True, "below": True}, "a number above 0 and below 1"),
+    ],
+)  # fmt: skip
+def test_check_number__says_what_it_takes(value: Any, options: dict[str, Any], expected: str) -> None:
+    other = type(value) not in ((int,) if "integer" in options else (int, float))
+    got = f"name of type {type(value).__name__}" if other else f"name={value!r}"
+    error: type[Exception] = fk.InvalidTypeError if other else fk.InvalidArgumentError
+    with pytest.raises(error, match=re.escape(f"call: got {got}; expected {expected}.")):
+        check_number("call", "name", value, **options)
+    for right in (3, None) if "optional" in options else (3,) if "integer" in options else (0.5,):
+        assert check_number("call", "name", right, **options) == right
 
 
 @pytest.mark.parametrize(

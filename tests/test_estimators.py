@@ -291,7 +291,7 @@ def test_estimators__refuse_no_samples(samples: int) -> None:
 
 @pytest.mark.parametrize("k", [0, D + 1])
 def test_eigenvalues__refuse_more_than_there_are(k: int) -> None:
-    with pytest.raises(InvalidArgumentError, match=rf"lanczos_eigenvalues: got k={k}; expected .* D = 60"):
+    with pytest.raises(InvalidArgumentError, match=rf"lanczos_eigenvalues: got k={k}; expected .* from 1 to 60"):
         estimators.lanczos_eigenvalues(symmetric(SPECTRA["full"]), k)
 
 
@@ -306,7 +306,9 @@ def test_lanczos__refuses_no_steps() -> None:
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
 def test_lanczos__refuses_damping_that_is_not_positive(damping: float) -> None:
     for name, why in (("lanczos_logdet", "Products"), ("lanczos_effective_dimension", "At λ")):
-        with pytest.raises(InvalidArgumentError, match=rf"{name}\(damping=.*expected a finite number > 0. {why}"):
+        with pytest.raises(
+            InvalidArgumentError, match=rf"{name}: got damping=.*; expected a finite .* above 0\. {why}"
+        ):
             getattr(estimators, name)(symmetric(SPECTRA["full"]), damping=damping)
 
 

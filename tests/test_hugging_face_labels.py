@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from tests import by_hand
+from tests.test_hugging_face import build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
@@ -21,17 +22,6 @@ pytestmark = [
 F64 = torch.float64
 IGNORED = -100
 VOCABULARY = 11
-
-
-def build(make: Callable[[], Any], seed: int = 0) -> Any:
-    """In float64 and eval mode, away from the initialization."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = make().double().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def ids(batch: int, positions: int, seed: int = 1) -> Tensor:

@@ -84,7 +84,7 @@ def test_forwarding__forgets_no_hook() -> None:
 
 def test_methods__have_a_docstring_of_their_own_or_that_of_the_contract() -> None:
     missing = []
-    for path in (file for folder in ("rows", "structures") for file in (PACKAGE / folder).glob("*.py")):
+    for path in (file for folder in ("operators", "rows", "structures") for file in (PACKAGE / folder).glob("*.py")):
         module = importlib.import_module(f"fisherkit.{path.parent.name}.{path.stem}".removesuffix(".__init__"))
         for cls in (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__):
             for name, member in vars(cls).items():

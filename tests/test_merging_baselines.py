@@ -399,7 +399,7 @@ def test_line_search__refuses_what_it_cannot_use() -> None:
         ((start, end, 1.0), {}, fk.InvalidTypeError, "loss of type float"),
         ((start, end, lambda s: "low"), {}, fk.InvalidTypeError, "a loss that returns 'low'"),
         ((start, end, lambda s: s["w"]), {}, fk.InvalidTypeError, "a loss that returns tensor"),
-        ((start, end, lambda s: 1.0), {"shares": 0.5}, fk.InvalidTypeError, "shares of type float"),
+        ((start, end, lambda s: 1.0), {"shares": 0.5}, fk.InvalidTypeError, "a float as shares"),
         ((start, end, lambda s: 1.0), {"shares": ()}, fk.InvalidArgumentError, "at least one"),
         ((start, end, lambda s: 1.0), {"shares": (0, 1.5)}, fk.InvalidArgumentError, "from 0 to 1"),
         ((start, lone, lambda s: 1.0), {}, fk.InvalidArgumentError, "'b'"),

@@ -22,7 +22,6 @@ from fisherkit.operators import (
     usual_damping,
 )
 from fisherkit.operators.base import convert
-from fisherkit.operators.normalization import frobenius_norm
 from fisherkit.operators.outputs_average import average_over_outputs, mix_with_average
 from fisherkit.space import ParameterSpace
 from fisherkit.testing import check_fisher
@@ -130,7 +129,7 @@ def test_every_question__has_a_right_answer_or_a_clear_error(make) -> None:
     assert (operator._terms(), split(operator)) == ((operator,), (operator,))
     assert (operator.is_diagonal, operator.is_dense, operator.inversion) == (False, False, "iterative")
     assert (operator.stored_rows, operator.layout, operator.factors, operator.decomposed_side) == (None, None, None, 0)
-    close(frobenius_norm(operator), matrix.norm())
+    close(operator._frobenius(), matrix.norm())
     close(normalize(operator, "norm").to_dense(), matrix * len(matrix) ** 0.5 / matrix.norm())
     assert convert(operator, F64, torch.device("cpu")) is operator
     places = torch.cat([torch.arange(12).reshape(3, 4), torch.arange(12, 15).unsqueeze(1)], 1)  # [O, I + 1]
@@ -180,7 +179,7 @@ def test_class_derived_from_a_structure__with_another_product_is_asked_for_itsel
     operator = Doubled(oc.LAYER, matrix)
     assert not operator.is_dense
     close(operator.to_dense(), 2 * matrix)
-    close(frobenius_norm(operator), 2 * matrix.norm())
+    close(operator._frobenius(), 2 * matrix.norm())
     close((operator + operator).to_dense(), 4 * matrix)
     for refused in (usual_damping, FisherOperator.eigenvalues):
         with pytest.raises(fk.NoClosedFormError):

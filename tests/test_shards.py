@@ -284,7 +284,7 @@ def test_save__leaves_files_of_others_alone(path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "error", "match"),
     [
-        (0, InvalidArgumentError, "max_shard_size=0; expected 1 or more"),
+        (0, InvalidArgumentError, "max_shard_size=0; expected an integer, 1 or more"),
         (1.5, InvalidTypeError, "max_shard_size of type float"),
         (True, InvalidTypeError, "max_shard_size of type bool"),
     ],

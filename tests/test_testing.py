@@ -77,7 +77,7 @@ def test_check_fisher__refuses_other_arguments() -> None:
     with pytest.raises(InvalidTypeError, match="expected a FisherOperator"):
         check_fisher(matrix, matrix)  # type: ignore[arg-type]
     for tolerance in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(InvalidArgumentError, match="a positive number"):
+        with pytest.raises(InvalidArgumentError, match="a finite number above 0, or None"):
             check_fisher(operator, matrix, tolerance=tolerance)
 
 

@@ -50,7 +50,7 @@ _PHRASES = (
     (r"model\.to\(torch\.(\w+)\)", r"--dtype \1 of a folder's weights"),
     (r"written by fisher\.save\b", "that fisherkit estimate wrote"),
     (r",? or a larger memory_budget=?(?!, with)", ""),
-    (r"(a cosine between 0 and 1), or None", r"\1"),
+    (r"(above 0 and below 1), or None", r"\1"),
     (r"the setting is (\w+)=(.*?)(, or None)?$", r"the \1 is \2"),
     (r"\bmemory_budget = ", "the memory that may be used, "),
     (r"another out=, or overwrite=True", "another --out, or --overwrite"),
@@ -177,7 +177,6 @@ class Command:
         return {name.removesuffix("s"): flag for name, flag in lists.items()} | found
 
     def _refuse_others(self) -> None:
-        """Refuse torchrun before a command that is for one process: all would write the same files."""
         if world_size() > 1 and self.name not in ("estimate", "scores"):
             raise InvalidArgumentError(
                 f"fisherkit {self.name}", f"{world_size()} processes of torchrun", "one process",

@@ -175,7 +175,6 @@ def check_fisher_file(path: Path, call: str, *, overwrite: bool) -> None:
 
 
 def _size(model: nn.Module, params: list[str] | None, data: Data) -> str:
-    """How much there is to do."""
     count = sum(
         p.numel() for name, p in model.named_parameters() if (p.requires_grad if params is None else name in params)
     )

@@ -155,7 +155,6 @@ def summarize(path: Path) -> Summary:
 
 
 def _as_text(found: Summary) -> str:
-    """The summary, for people."""
     files = "1 file" if found.files == 1 else f"{found.files} files"
     lines = {
         "file": f"{found.file} ({readable(found.bytes)} in {files})",

@@ -242,7 +242,6 @@ class Merge:
         return all(model.is_dir() for model in self.model)
 
     def _options(self) -> dict[str, Any]:
-        """Keywords of the method's function, of what was typed."""
         function, settings = METHODS[self.method]
         taken = inspect.signature(function).parameters
         values = {name: value for name, value in vars(self).items() if name in given() and name not in OWN}
@@ -307,7 +306,6 @@ class Merge:
         expect([out] if folders else targets(out))
 
     def _size(self) -> str:
-        """How much is read."""
         files = {file for model in self.model for file in ModelFiles(model, CALL).paths if file.is_file()}
         models = f"{len(self.model)} models ({readable(sum(file.stat().st_size for file in files))})"
         models += " layer after layer" * bool(self.data)
@@ -383,8 +381,7 @@ def _compare(paths: Sequence[Path], what: str, read: Callable[[Path], dict[str, 
     first = read(paths[0])
     for path in paths[1:]:
         other = read(path)
-        differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
-        if differing:
+        if differing := io.differing(first, other):
             some = {name: (first.get(name), other.get(name)) for name in differing[:4]}
             raise InvalidArgumentError(
                 CALL, f"{paths[0].parent} and {path.parent}, which differ in {what}: {some}",

@@ -165,7 +165,6 @@ class Scores(ModelOptions):
             )  # fmt: skip
 
     def _subject(self) -> Subject:
-        """The model with its data."""
         found = self.texts(self.model, {"--train": self.train, "--queries": self.queries}, CALL)
         if found is None:
             return _of_function(self.model, self.device)
@@ -181,7 +180,6 @@ class Scores(ModelOptions):
         return Subject(train.model, train, queries, folder.likelihood, names, show, places)
 
     def _fisher(self, subject: Subject, share: Share) -> tuple[FisherOperator, float | None]:
-        """The Fisher, and the seconds it took."""
         if self.fisher is not None:
             return load(self.fisher, device=next(subject.model.parameters()).device), None
         start = time.perf_counter()
@@ -195,7 +193,7 @@ class Scores(ModelOptions):
             params=self.selection(subject.model, CALL),
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        if self.save_fisher is not None and (share.processes is None or share.processes.rank == 0):
+        if self.save_fisher is not None and share.processes.rank == 0:
             fisher.save(self.save_fisher)
         return fisher, seconds
 
@@ -248,8 +246,7 @@ class Scores(ModelOptions):
         """The queries by their place in the data, the largest self-influences, and how rows were compressed."""
         asked = [some.raw for _, some in subject.chosen("queries", kept)]
         extremes, itself, told = self._of_share(influence, share, asked)
-        mine = extremes, itself
-        everyones = [mine] if share.processes is None else share.processes.gathered(mine)
+        everyones = share.processes.gathered((extremes, itself))
         found = _joined([one for one, _ in everyones if one is not None], min(self.top, share.examples))
         squares = torch.cat([one for _, one in everyones])
         helpful = [[p for p in pairs if p[0] > 0] for pairs in map(_pairs, found.helpful, found.helpful_index)]
@@ -307,13 +304,13 @@ class Share(NamedTuple):
     """The part of the training data that one process works on.
 
     ``data`` are its batches and ``places`` the numbers of their examples among all ``examples``. ``processes`` are all
-    that work together, None for one alone; ``group`` is the torch group of those that have any examples.
+    that work together; ``group`` is the torch group of those that have any examples.
     """
 
     data: Data
     places: range
     examples: int
-    processes: Processes | None
+    processes: Processes
     group: Group
 
 
@@ -334,8 +331,8 @@ class Subject:
         processes = Processes.of(None, next(self.model.parameters()).device, CALL)
         ends = [0, *accumulate(batch.size for _, batch in self.numbered("train"))]
         batches, examples = len(ends) - 1, ends[-1]
-        if processes is None:
-            return Share(self.train, range(examples), examples, None, None)
+        if processes.size == 1:
+            return Share(self.train, range(examples), examples, processes, None)
         bounds = [-(-batches * rank // processes.size) for rank in range(processes.size + 1)]
         some = [rank for rank in range(processes.size) if bounds[rank] < bounds[rank + 1]]
         group = None if len(some) == processes.size else torch.distributed.new_group(some)

@@ -186,7 +186,6 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _line(text: str) -> str:
-    """The beginning of a text, in one line."""
     return _cut(" ".join(text.split()), WIDEST)
 
 
@@ -234,7 +233,6 @@ def data_uri(image: Any, call: str) -> str:
 
 
 def _bytes(image: Tensor) -> Tensor:
-    """``[H, W, C]`` as bytes."""
     if image.dtype == torch.uint8:
         values = image.double() / 255
     else:

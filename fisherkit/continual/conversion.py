@@ -83,11 +83,7 @@ def convert_strength(
         InvalidTypeError: not a number, or not a FisherOperator.
     """
     strength = check_number(CALL, "strength", strength)
-    if source not in CONVENTIONS:
-        raise InvalidArgumentError(
-            CALL, f"source={source!r}", f"one of {list(CONVENTIONS)}",
-            try_="half=, average= and squared= of your library",
-        )  # fmt: skip
+    check_choice(CALL, "source", source, list(CONVENTIONS), try_="half=, average= and squared= of your library")
     given: dict[str, Any] = {"half": half, "average": average, "squared": squared}
     convention = replace(CONVENTIONS[source], **{name: fact for name, fact in given.items() if fact is not None})
     multiple = _multiple(convention, batch_size, examples)

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fisherkit import io
 from fisherkit.adapters import products, values
-from fisherkit.arguments import check_choice, check_number
+from fisherkit.arguments import check_choice, check_number, check_type
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.errors import (
     InvalidArgumentError,
@@ -106,8 +106,7 @@ class EWC(nn.Module):
         drop_below: float = 0.0,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError("EWC", f"a {type(model).__name__} as model", "a torch.nn.Module")
+        check_type("EWC", "model", model, nn.Module, "a torch.nn.Module")
         if isinstance(model, AveragedModel):
             raise InvalidTypeError(
                 "EWC", "an AveragedModel", "the model that is trained",
@@ -335,7 +334,6 @@ class EWC(nn.Module):
         self.consolidations = consolidations
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EWC:
-        """A copy with the same terms; see the class for its model."""
         if not memo:  # copy.deepcopy of this alone; within a container it has the container
             memo[id(self.model)] = self.model
         result = type(self).__new__(type(self))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherkit.arguments import check_choice, check_count
+from fisherkit.arguments import check_choice, check_count, check_type
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError, MemoryBudgetError
 from fisherkit.operators import DiagonalOperator, FisherOperator, split
@@ -115,8 +115,7 @@ def audit(
         MemoryBudgetError: a block with more than 4,096 parameters would have to be written out.
     """
     call = "audit"
-    if not isinstance(exact, FisherOperator):
-        raise InvalidTypeError(call, f"a {type(exact).__name__} as exact", "a FisherOperator")
+    check_type(call, "exact", exact, FisherOperator, "a FisherOperator")
     check_count(call, "batch_size", batch_size, optional=True)
     operator = other if isinstance(other, FisherOperator) else _diagonal(other, exact, call)
     if operator.space != exact.space:
@@ -158,7 +157,6 @@ def _likeness(name: str, products: Sequence[float]) -> Likeness:
 
 
 def _of_diagonals(other: FisherOperator, exact: FisherOperator) -> dict[str, list[float]]:
-    """The products of each parameter."""
     a, f = other.diagonal(), exact.diagonal().to(other.device)
     return {name: _products(a[place], f[place]) for name, place in exact.space.slices.items()}
 
@@ -181,7 +179,6 @@ def _of_matrices(other: FisherOperator, exact: FisherOperator, call: str) -> dic
 
 
 def _diagonal(diagonal: object, exact: FisherOperator, call: str) -> FisherOperator:
-    """A diagonal alone as an operator."""
     if not isinstance(diagonal, (Mapping, Tensor)):
         raise InvalidTypeError(call, f"a {type(diagonal).__name__}", "a FisherOperator, a diagonal [D] or a dict")
     try:

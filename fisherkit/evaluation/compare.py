@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fisherkit.arguments import is_integer, is_number
+from fisherkit.arguments import check_number, check_type
 from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError, MissingPackageError
@@ -94,7 +94,6 @@ class QualityTable:
         return cls(rows, found["examples"], found["dropped"], found["seconds"])
 
     def __str__(self) -> str:
-        """Columns of equal width under a line about the batch."""
         dropped = f", {self.dropped} of them left out of the updates as near-duplicates" if self.dropped else ""
         cells: list[tuple[str, ...]] = [("kind", "structure", "damping", "γ", "γ/γ_SGD", "‖Δ‖", "rows", "ms")]
         for row in self.rows:
@@ -269,18 +268,18 @@ def compare(
     rows and O(R³) a damping; another Fisher for each other structure. Where "exact" is not among the full or block
     kinds, γ is measured by passes over the batch, a few for each update, and the exact Fisher's rows are not made.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(CALL, f"a {type(model).__name__} as model", "a torch.nn.Module")
-    if not is_integer(seed):
-        raise InvalidTypeError(CALL, f"seed of type {type(seed).__name__}", "an integer")
-    _check_cosine(drop_duplicates)
+    check_type(CALL, "model", model, nn.Module, "a torch.nn.Module")
+    check_number(CALL, "seed", seed, least=-math.inf, integer=True)
+    near = "0.99 for near-duplicates alone"
+    check_number(CALL, "drop_duplicates", drop_duplicates, most=1, above=True, below=True, optional=True, try_=near)
     others = [kind for kind in _listed("kinds", kinds) if kind != SGD]
     found = [rule_of(kind, call=CALL, also=(SGD,)) for kind in others]
     texts = [
         k if isinstance(k, str) else rule.spelled(rule.kind_options()) for k, rule in zip(others, found, strict=True)
     ]
     rules = {text: rule.with_seed(seed) for text, rule in zip(texts, found, strict=True)}
-    dampings = _positive(gram_dampings)
+    why, listed = "a Fisher with fewer rows than parameters is singular", _listed("gram_dampings", gram_dampings)
+    dampings = tuple(check_number(CALL, "gram damping", value, above=True, why=why) for value in listed)
     for structure in _listed("structures", structures):
         structure_named(structure, CALL)
     if isinstance(batch, list) and batch and not isinstance(batch[0], Tensor):
@@ -354,7 +353,6 @@ class _Comparison:
         self.kept_data = batch.take(places[kept].cpu()).raw if self.dropped else batch.raw
 
     def update(self, kind: str, rule: OutputRule, structure: str, dampings: tuple[float, ...]) -> _Update:
-        """A kind's updates in a structure."""
         start = time.perf_counter()
         rows, power = None, rule.gradient_power
         gradient = self.whole if rule.of_hessian else self.gradient
@@ -399,7 +397,6 @@ class _Comparison:
         return QualityTable(tuple(rows if sgd else rows[1:]), len(norms), self.dropped, time.perf_counter() - start)
 
     def _fisher(self, kind: str, rule: OutputRule) -> FisherApproximation:
-        """A kind's full Fisher, built once."""
         if kind not in self.fishers:
             self.fishers[kind] = self._built(kind, rule, "full")
         return self.fishers[kind]
@@ -489,25 +486,3 @@ def _listed(name: str, values: Sequence[Any]) -> Sequence[Any]:
     if repeated:
         raise InvalidArgumentError(CALL, f"{name} with {repeated[0]!r} twice", "each once")
     return values
-
-
-def _positive(values: Sequence[float]) -> tuple[float, ...]:
-    """The dampings."""
-    for value in _listed("gram_dampings", values):
-        if not is_number(value):
-            raise InvalidTypeError(CALL, f"a damping of type {type(value).__name__}", "a number")
-        if not 0 < value < math.inf:
-            raise InvalidArgumentError(
-                CALL, f"gram damping {value}", "a finite number above 0",
-                why="a Fisher with fewer rows than parameters is singular",
-            )  # fmt: skip
-    return tuple(float(value) for value in values)
-
-
-def _check_cosine(value: float | None) -> None:
-    if value is not None and not is_number(value):
-        raise InvalidTypeError(CALL, f"drop_duplicates of type {type(value).__name__}", "a number or None")
-    if value is not None and not 0 < value < 1:
-        raise InvalidArgumentError(
-            CALL, f"drop_duplicates={value}", "a cosine between 0 and 1, or None", try_="0.99 for near-duplicates alone"
-        )

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.arguments import check_choice
+from fisherkit.arguments import check_choice, check_type
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, Data, Source, check_finite, model_device
-from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, listed
+from fisherkit.errors import DataError, InvalidArgumentError, ModelError, NonFiniteError, listed
 from fisherkit.fisher import within_wrappers
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_inputs import is_causal
@@ -104,10 +104,7 @@ def quality_floor(exact_fisher: FisherOperator, gradient: Direction, damping: Da
 
 def _gradient(gradient: Direction, fisher: FisherOperator, call: str) -> Float[Tensor, " D"]:
     """The gradient as one flat vector that is not zero."""
-    if not isinstance(fisher, FisherOperator):
-        raise InvalidTypeError(
-            call, f"a {type(fisher).__name__} as exact_fisher", "a FisherOperator", try_="fk.ExactFisher(model, data)"
-        )
+    check_type(call, "exact_fisher", fisher, FisherOperator, "a FisherOperator", try_="fk.ExactFisher(model, data)")
     flat = _flat(gradient, fisher, f"{call}, gradient")
     if flat.ndim != 1:
         raise InvalidArgumentError(call, f"{flat.shape[1]} gradients", "one, flat [D] or a dict")
@@ -167,8 +164,7 @@ def loss_gradient(
 
     Cost: one forward and one backward pass over the data.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(CALL, f"a {type(model).__name__} as model", "a torch.nn.Module")
+    check_type(CALL, "model", model, nn.Module, "a torch.nn.Module")
     check_choice(CALL, "example", example, ("sequence", "token"))
     check_choice(CALL, "normalization", normalization, ("mean", "sum"))
     model, params = within_wrappers(model, params)

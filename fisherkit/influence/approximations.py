@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_count, is_integer
-from fisherkit.errors import InvalidTypeError
+from fisherkit.arguments import check_count, check_number
 from fisherkit.influence.blocks import RowBlock
 from fisherkit.operators.factorization import Bases, RowSolution
 from fisherkit.operators.layer_layout import LayerLayout
@@ -82,15 +81,13 @@ class LowRankQueries:
         seed: of the range finder; the same seed gives the same scores.
 
     Raises:
-        InvalidArgumentError: rank is no integer from 1 on.
-        InvalidTypeError: seed is no integer.
+        InvalidArgumentError: rank is below 1.
+        InvalidTypeError: rank or seed is no integer.
     """
 
     def __init__(self, rank: int = 32, seed: int = 0) -> None:
-        check_count("LowRankQueries", "rank", rank)
-        if not is_integer(seed):
-            raise InvalidTypeError("LowRankQueries", f"seed of type {type(seed).__name__}", "an integer")
-        self.rank, self.seed = rank, seed
+        self.rank = check_count("LowRankQueries", "rank", rank)
+        self.seed = check_number("LowRankQueries", "seed", seed, least=-math.inf, integer=True)
 
     def compress(self, solution: RowSolution, probe: Rows) -> CompressedQueries:
         """Solved queries by unit, for rows of the form that the probe has."""

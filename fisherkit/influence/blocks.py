@@ -14,9 +14,10 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -33,8 +34,6 @@ from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
-
-T = TypeVar("T")
 
 MOST = 2048
 """Examples in a block: from here on products are as fast as they get."""
@@ -262,22 +261,21 @@ class FolderBlocks(RowBlocks):
         return sum(entry["examples"] for entry in self.entries)
 
 
-def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processes | None = None) -> FolderBlocks:
+def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processes) -> FolderBlocks:
     """Write the blocks that are missing or damaged; those of another model, other data or settings are refused.
 
     A file has at most ``largest`` examples. Of several processes each writes the rows of its own data, in the order of
     the ranks, and is given its own; the folder is the same, whoever wrote it.
     """
     # One process alone looks into the folder and begins: what others saw of it meanwhile would be half of that.
-    manifest = by_first(processes, lambda: _begun(path, live, largest))
-    if processes is not None:
-        processes.each(CALL, lambda: _refuse_elsewhere(path, manifest))
+    manifest = processes.by_first(CALL, lambda: _begun(path, live, largest))
+    processes.each(CALL, lambda: _refuse_elsewhere(path, manifest))
     problem, limit = live.problem, int(manifest["limit"])
     device, source = problem.plan.example_parameter.device, LimitedSource(problem.source, limit)
     live = live.of(limit=int(manifest.get("made", limit)))
-    first = 0 if processes is None else processes.before(lambda: sum(1 for _ in source))
+    first = processes.before(lambda: sum(1 for _ in source))
     # All that is there is known to be of these data before anything is written: what is refused is left as it was.
-    own = by_all(processes, lambda: _there(path, source, device, first))
+    own = processes.each(CALL, lambda: _there(path, source, device, first))
 
     def write() -> list[dict[str, Any]]:
         shown = bar(None, "rows", "blocks", shown=problem.progress)
@@ -288,12 +286,11 @@ def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processe
             shown.update()
         return [own[number] for number in sorted(own)]
 
-    entries = by_all(processes, write)
-    everyones = [entries] if processes is None else processes.gathered(entries)
-    manifest["blocks"] = [entry for some in everyones for entry in some]
+    entries = processes.each(CALL, write)
+    manifest["blocks"] = [entry for some in processes.gathered(entries) for entry in some]
     if live.compression is not None:
         manifest["compression"] = vars(live.compression)
-    by_first(processes, lambda: _write_manifest(path, manifest))
+    processes.by_first(CALL, lambda: io.write_record(path / MANIFEST, manifest))
     return FolderBlocks(path, live.space, device, manifest, live.basis, entries)
 
 
@@ -313,16 +310,6 @@ def read_blocks(folder: str | Path, fisher: FisherOperator, damping: float) -> F
             raise _damaged(path / FILE, "it is not the one of the manifest")
     space = fisher.space if basis is None else basis.space
     return FolderBlocks(path, space, fisher.device, manifest, basis)
-
-
-def by_all(processes: Processes | None, function: Callable[[], T]) -> T:
-    """A function in this process, whose error is one in all of them."""
-    return function() if processes is None else processes.each(CALL, function)
-
-
-def by_first(processes: Processes | None, function: Callable[[], T]) -> T:
-    """What a function gives that the first process alone calls."""
-    return function() if processes is None else processes.by_first(CALL, function)
 
 
 class _OneBatch(Source):
@@ -355,7 +342,6 @@ def _write(path: Path, block: RowBlock, batch: Batch) -> str:
 
 
 def _read(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """A block's header and tensors as they were written."""
     try:
         header, tensors = io.read_tensors(path, device, CALL, "prepare")
     except FileFormatError as error:
@@ -408,7 +394,7 @@ def _there(path: Path, source: LimitedSource, device: torch.device, first: int) 
     return found
 
 
-def _make_folder(path: Path) -> None:
+def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
     if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
         raise InvalidArgumentError(CALL, str(path), "a folder, or a new one in a folder that exists")
     path.mkdir(exist_ok=True)
@@ -416,71 +402,39 @@ def _make_folder(path: Path) -> None:
     if not (path / MANIFEST).exists() and any(name != FILE for name in others):
         raise InvalidArgumentError(CALL, f"{path}, which holds other files", "an empty folder, or one of prepared rows")
 
-
-def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
-    """The manifest that is there, or a new one."""
-    _make_folder(path)
     fresh, settings = not (path / MANIFEST).exists(), live.settings
     known = settings if fresh else _manifest(path)["settings"]
-    changed = sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key))
-    if changed:
+    if changed := io.differing(known, settings):
         raise _other(path, f"rows with another {', '.join(changed)}")
     if live.basis is not None and not live.basis.kept:
         live.basis.write(path / FILE)  # of a manifest that is there, as it was, by its hash in the settings
     if fresh:
         made = {} if live.basis is None else {"made": live.limit}
         begun = {"format": FORMAT, "version": VERSION, "limit": largest, "settings": settings, "blocks": [], **made}
-        _write_manifest(path, begun)
+        io.write_record(path / MANIFEST, begun)
     return _manifest(path)
 
 
 def _refuse_elsewhere(path: Path, manifest: dict[str, Any]) -> None:
     """Refuse a folder that is not the one in which the first process has begun."""
     begun = time.monotonic()
-    while not _has(path, manifest):
-        if time.monotonic() - begun < PATIENCE:  # disks that several machines see may show a new file late
-            time.sleep(0.05)
-            continue
-        raise InvalidArgumentError(
-            CALL, f"{path}, which is not where the first process has begun", "one folder for all processes",
-            why="each writes its part of the rows there",
-            try_="the same folder in all of them, on a disk that all see; group=False for rows of this process alone",
-        )  # fmt: skip
-
-
-def _has(path: Path, manifest: dict[str, Any]) -> bool:
-    """Whether this is the manifest that is there."""
-    try:
-        return _manifest(path) == manifest
-    except FileFormatError:
-        return False
+    while True:
+        with suppress(FileFormatError):
+            if _manifest(path) == manifest:
+                return
+        if time.monotonic() - begun >= PATIENCE:  # disks that several machines see may show a new file late
+            break
+        time.sleep(0.05)
+    raise InvalidArgumentError(
+        CALL, f"{path}, which is not where the first process has begun", "one folder for all processes",
+        why="each writes its part of the rows there",
+        try_="the same folder in all of them, on a disk that all see; group=False for rows of this process alone",
+    )  # fmt: skip
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest that is there."""
-    file = path / MANIFEST
     advice = "another folder, or delete this one: its rows are then made again"
-    try:
-        manifest: dict[str, Any] = dict(io.parse(file.read_text(encoding="utf-8")))
-        # Those from before there were checksums have none.
-        if manifest.pop(io.CHECKSUM, seal := io.seal(manifest)) != seal:
-            raise ValueError("it is not what was written, by its checksum")
-        version, manifest["settings"] = int(manifest["version"]), dict(manifest["settings"])
-        int(manifest["limit"])
-    except (OSError, LookupError, ValueError, TypeError, ArithmeticError) as error:
-        raise FileFormatError(
-            CALL, f"a manifest that cannot be read ({error}) in {path}", "that of prepared rows", try_=advice
-        ) from error
-    if manifest.get("format") != FORMAT or version != VERSION:
-        raise FileFormatError(
-            CALL, f"a manifest of format {manifest.get('format')!r}, version {version} in {path}",
-            f"{FORMAT!r}, version {VERSION}", try_=advice,
-        )  # fmt: skip
-    return manifest
-
-
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    io.replace_text(path / MANIFEST, json.dumps({**manifest, io.CHECKSUM: io.seal(manifest)}, indent=1))
+    return io.read_record(path / MANIFEST, {"format": FORMAT, "version": VERSION}, CALL, "a manifest", advice)
 
 
 def _other(path: Path, got: str) -> InvalidArgumentError:

@@ -352,7 +352,6 @@ def measured(inverse: Factorization, basis: Basis, sample: Rows, queries: Rows |
 
 
 def _bytes(rows: Rows) -> int:
-    """That a file would take."""
     return sum(tensor.nbytes for slot in rows.slots for tensor in slot.rows.tensors().values())
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit import likelihoods
-from fisherkit.arguments import check_count, check_positive
+from fisherkit.arguments import check_count, check_type
 from fisherkit.arithmetic import all_finite, at_least_single
 from fisherkit.data import Data, Source, model_device
 from fisherkit.errors import (
@@ -163,12 +163,10 @@ class ModelRows:
         self, fisher: FisherOperator, model: nn.Module, *, likelihood: str | Likelihood | nn.Module | None,
         chunk_size: int | None, memory_budget: int | None, progress: bool, shift_labels: bool | None,
     ) -> None:  # fmt: skip
-        if not isinstance(fisher, FisherOperator):
-            raise InvalidTypeError(CALL, f"a {type(fisher).__name__} as fisher", "a Fisher", try_="fk.EmpiricalFisher")
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError(CALL, f"a {type(model).__name__} as model", "a torch.nn.Module")
+        check_type(CALL, "fisher", fisher, FisherOperator, "a Fisher", try_="fk.EmpiricalFisher")
+        check_type(CALL, "model", model, nn.Module, "a torch.nn.Module")
         for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
-            check_positive(CALL, name, value)
+            check_count(CALL, name, value, optional=True)
         model = with_full_weights(unwrapped(model))
         fisher = renamed(fisher, matching(fisher.space.names, dict(model.named_parameters())))
         self._weights = parameters_hash(model)

@@ -16,20 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fisherkit import io
-from fisherkit.arguments import check_choice, check_count, check_number
+from fisherkit.arguments import check_choice, check_count, check_number, check_type
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
 from fisherkit.influence.blocks import (
+    CALL,
     MOST,
     KeptBlocks,
     LiveBlocks,
     OncePerExample,
     RowBlock,
     RowBlocks,
-    by_all,
-    by_first,
     in_groups,
     read_blocks,
     write_blocks,
@@ -47,7 +46,7 @@ from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
 from fisherkit.operators.factorization import Factorization, RowProducts
-from fisherkit.processes import Group, Processes
+from fisherkit.processes import ALONE, Group, Processes
 from fisherkit.rows.collection import Rows
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
@@ -176,15 +175,15 @@ class InfluenceScores:
             check_count("prepare", "checked", checked)
         path = None if folder is None else io.as_path(folder, "prepare(folder)")
         alone = folder is None and compress is None
-        processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")
-        by_all(processes, self._model_rows.begin)
-        if processes is not None:
+        processes = ALONE if alone else Processes.of(group, self._model_rows.device, "prepare")
+        processes.each(CALL, self._model_rows.begin)
+        if processes.size > 1:
             asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
-            told = by_all(processes, lambda: None if queries is None else self._model_rows.digest(queries))
+            told = processes.each(CALL, lambda: None if queries is None else self._model_rows.digest(queries))
             asked |= {"queries": told, "folder": "None" if folder is None else "a path"}
-            processes.require_same("prepare", self._model_rows.settings(token=by == "token") | asked)
-        live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
-        live.set_written_out(by_first(processes, lambda: live.written_out))
+            processes.require_same("prepare", lambda: self._model_rows.settings(token=by == "token") | asked)
+        live = processes.each(CALL, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
+        live.set_written_out(processes.by_first(CALL, lambda: live.written_out))
         largest = live.limit
         if compress is not None:
             live, size = self._compressed(live, compress, most_error, path, queries, checked, processes)
@@ -193,7 +192,7 @@ class InfluenceScores:
 
     def _compressed(
         self, live: LiveBlocks, compress: int | float, most_error: float | None, folder: Path | None,
-        queries: Data | None, checked: int, processes: Processes | None,
+        queries: Data | None, checked: int, processes: Processes,
     ) -> tuple[LiveBlocks, int]:  # fmt: skip
         """The rows over leading eigenvectors, whose error is measured, and the bytes that one takes."""
         rows, damping = self._model_rows, self.damping
@@ -206,25 +205,21 @@ class InfluenceScores:
                 return found.layers, damping, True
             return Basis.of(rows.fisher, damping, compress, probe).layers, damping, False
 
-        basis = Basis(rows.fisher, damping, compress, *by_first(processes, chosen))
-        if processes is not None:
-            processes.each("prepare", basis.refuse_other)
+        basis = Basis(rows.fisher, damping, compress, *processes.by_first(CALL, chosen))
+        processes.each("prepare", lambda: basis.refuse_other() if processes.rank else None)
 
         # Examples of all data, by their place there, and one process that measures: any number of them tell the same.
-        count = by_all(processes, live.count)
-        before, total = 0, count
-        if processes is not None:
-            before, total = processes.before(live.counted), sum(processes.gathered(count))
-        sample = by_all(processes, lambda: rows.every(live, max(1, total // checked), before))
-        if processes is not None:
-            sample = [part for rank in range(processes.size) for part in processes.sent_by(rank, sample)]
+        count = processes.each(CALL, live.count)
+        before, total = processes.before(live.counted), sum(processes.gathered(count))
+        sample = processes.each(CALL, lambda: rows.every(live, max(1, total // checked), before))
+        sample = [part for rank in range(processes.size) for part in processes.sent_by(rank, sample)]
 
         def told() -> Compression:
             asked = None if queries is None else rows.queries(queries, "loss")
             some = None if asked is None else rows.sample(asked, max(1, asked.count() // checked))
             return measured(self._inverse, basis, Rows.cat(sample), some, rows.room(2 * rows.space.size))
 
-        report = by_first(processes, told)
+        report = processes.by_first(CALL, told)
         refuse_error(report, most_error)
         settings = live.settings | {"compress": basis.settings}
         return LiveBlocks(live.problem, live.limit, settings, basis, report), report.bytes
@@ -375,10 +370,7 @@ class InfluenceScores:
         the memory budget holds; another one over those that are checked.
         """
         call = "approximate_scores"
-        if not isinstance(approximation, LowRankQueries):
-            raise InvalidTypeError(
-                call, f"a {type(approximation).__name__} as approximation", "fk.influence.LowRankQueries(rank)"
-            )
+        check_type(call, "approximation", approximation, LowRankQueries, "fk.influence.LowRankQueries(rank)")
         check_count(call, "checked", checked)
         self._model_rows.begin()
         blocks = self._training(train, token=False)
@@ -512,15 +504,10 @@ class InfluenceScores:
                     found[name] = found[name] + part if name in found else part
             else:
                 found[""] = solution.products(other.rows)
-            yield {name: self._placed(part, block, other, by, scale) for name, part in found.items()}
-
-    def _placed(
-        self, part: Float[Tensor, "R S"], queries: RowBlock, train: RowBlock, by: str | None, scale: float | Tensor
-    ) -> Tensor:
-        """From rows on both sides to examples on both, the queries first."""
-        part = train.by_position(part) if by == "token" else train.by_example(part)
-        part = queries.by_example(part.movedim(-1, 0))
-        return (part * scale).to(self._model_rows.dtype)
+            # From rows on both sides to examples on both, the queries first.
+            placed = other.by_position if by == "token" else other.by_example
+            parts = {name: block.by_example(placed(part).movedim(-1, 0)) for name, part in found.items()}
+            yield {name: (part * scale).to(self._model_rows.dtype) for name, part in parts.items()}
 
     def _inverse_for(self, blocks: RowBlocks) -> Factorization:
         """(F + λI)⁻¹ over what the rows are over."""
@@ -557,10 +544,8 @@ MANY = 1 << 20
 
 
 def _check_options(by: Any, groups: Any, normalize: Any) -> None:
-    """Refuse what is not allowed and what does not go together."""
     call = "scores"
-    if groups is not None and not isinstance(groups, Tensor):
-        raise InvalidTypeError(call, f"a {type(groups).__name__} as groups", "a tensor of integers")
+    check_type(call, "groups", groups, Tensor | None, "a tensor of integers")
     if groups is not None and (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool):
         raise InvalidTypeError(call, f"groups of {groups.dtype}", "a tensor of integers")
     if groups is not None and groups.numel() and int(groups.long().min()) < 0:
@@ -607,7 +592,6 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 
 def _check_group_count(groups: Tensor, examples: int) -> None:
-    """One group for each example."""
     if groups.shape != (examples,):
         raise InvalidArgumentError(
             "scores(groups)", f"groups of shape {list(groups.shape)} for {examples} training examples",
@@ -616,7 +600,6 @@ def _check_group_count(groups: Tensor, examples: int) -> None:
 
 
 def _grouped(scores: Float[Tensor, "Q N"], groups: Tensor) -> Float[Tensor, "Q G"]:
-    """Sums over groups of training examples."""
     _check_group_count(groups, scores.shape[1])
     groups = groups.to(scores.device, torch.long)
     total = scores.new_zeros(scores.shape[0], int(groups.max()) + 1)

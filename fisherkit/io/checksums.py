@@ -60,7 +60,6 @@ class Checksums:
         self._tensors = tensors
 
     def __bool__(self) -> bool:
-        """Whether there are checksums."""
         return self._tensors is not None
 
     @property

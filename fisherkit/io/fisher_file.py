@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fisherkit.arguments import check_positive, is_integer
+from fisherkit.arguments import check_count, is_integer
 from fisherkit.errors import FileFormatError, InvalidArgumentError, MissingFileError
 from fisherkit.io.atomic import as_path, check_folder, delete
 from fisherkit.io.checksums import CHECKSUM, CHECKSUMS, Checksums, Written, parse, seal, sealed, unsealed, written
@@ -34,6 +34,7 @@ from fisherkit.io.tensors import (
     forms_of,
     in_shards,
     new_files,
+    pickled,
     weight_map,
 )
 from fisherkit.model_state import tensors_hash
@@ -201,7 +202,7 @@ def write(
         raise InvalidArgumentError(
             call, "the name of an index", "the name of the file", try_=repr(path.name.removesuffix(INDEX_SUFFIX))
         )
-    check_positive(call, "max_shard_size", max_shard_size)
+    check_count(call, "max_shard_size", max_shard_size, optional=True)
     largest = max_shard_size if max_shard_size is not None and state.nbytes > max_shard_size else None
     node, tensors = pack(state, largest)
     files, index = in_shards(path, forms_of(tensors), largest), None
@@ -331,12 +332,11 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     except FileFormatError:
         raise
     except (*UNREADABLE, AttributeError) as error:
-        with found.open("rb") as file:
-            if file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip archive or a pickle
-                raise FileFormatError(
-                    call, f"{found.name}, a file of torch.save or pickle", "one written by fisher.save",
-                    try_="torch.load, for what torch.save wrote; fisher.save(path) keeps a Fisher",
-                ) from error  # fmt: skip
+        if pickled(found):
+            raise FileFormatError(
+                call, f"{found.name}, a file of torch.save or pickle", "one written by fisher.save",
+                try_="torch.load, for what torch.save wrote; fisher.save(path) keeps a Fisher",
+            ) from error  # fmt: skip
         # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
         name = f"an index {found.name}" if indexed else "a file"
         raise damaged(call, error, name=name) from error

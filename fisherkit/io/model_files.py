@@ -29,6 +29,7 @@ from fisherkit.io.tensors import (
     form_nbytes,
     in_shards,
     new_files,
+    pickled,
     weight_map,
 )
 
@@ -102,7 +103,7 @@ class ModelFiles:
         try:
             opened: Any = safe_open(file, framework="pt", device="cpu")
         except UNREADABLE as error:
-            if _pickled(file):
+            if pickled(file):
                 raise self._refused(
                     f"{file.name}, which torch.save wrote",
                     "the loaded state dict in place of the path, or a file of it: safetensors.torch.save_file("
@@ -121,15 +122,6 @@ class ModelFiles:
             self._call, got,
             "complete safetensors files: one, an index with its shards, or a folder with model.safetensors", try_=try_,
         )  # fmt: skip
-
-
-def _pickled(file: Path) -> bool:
-    """Whether a file begins as those of torch.save do, now zip archives, once pickles."""
-    if not file.is_file():
-        return False
-    with file.open("rb") as opened:
-        head = opened.read(4)
-    return head == b"PK\x03\x04" or head[:1] == b"\x80"
 
 
 def targets(out: Path) -> tuple[Path, Path]:

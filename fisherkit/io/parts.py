@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
 from fisherkit.io.atomic import delete, replace_text
-from fisherkit.io.checksums import CHECKSUM, Checksums, Written, parse, seal, written
+from fisherkit.io.checksums import Checksums, Written, written
 from fisherkit.io.fisher_file import (
     SHARD_FORMAT,
     SHARDED_VERSION,
@@ -32,10 +32,11 @@ from fisherkit.io.fisher_file import (
     pack,
     refuse_others,
 )
+from fisherkit.io.record import differing, read_record, write_record
 from fisherkit.io.tensors import FORMAT, SUFFIX, UNREADABLE, cut, forms_of, new_files
 from fisherkit.space import ParameterSpace
 
-PARTS_FORMAT = f"{FORMAT}-parts"
+PARTS_FORMAT = f"{FORMAT}-parts-2"
 
 
 def record_of(path: Path) -> Path:
@@ -53,7 +54,8 @@ class PartsFile:
     """The parts of a Fisher file, of which some may be there from a run that was interrupted.
 
     ``settings``, and ``data`` once a part has been made, tell this run from others, whose parts are not gone on with;
-    ``overwrite`` discards those. ``largest`` is as in `cut`.
+    ``overwrite`` discards those. ``largest`` is as in `cut`. ``known`` is what an interrupted run left, with what it
+    depended on beside the settings, "budget" and "data"; empty if there is none.
 
     Raises:
         InvalidArgumentError: parts of another run are there.
@@ -66,13 +68,13 @@ class PartsFile:
     ) -> None:  # fmt: skip
         self.path, self._data, self._largest, self._call = path, data, largest, call
         self._settings = {**settings, "max_shard_size": str(largest)}
-        self._known: dict[str, Any] = {}
+        self.known: dict[str, Any] = {}
         try:
-            self._known = self._read()
+            self.known = self._read()
         except (InvalidArgumentError, FileFormatError):
             if not overwrite:
                 raise
-        self._record = self._known
+        self._record = self.known
 
     def _read(self) -> dict[str, Any]:
         """The record of an interrupted run; empty if there is none."""
@@ -80,18 +82,8 @@ class PartsFile:
         if not file.exists():
             return {}
         advice = f"overwrite=True, which makes all parts again, another name, or rm {file}"
-        try:
-            found = dict(parse(file.read_text("utf-8")))
-            if found.get("format") != PARTS_FORMAT or found[CHECKSUM] != seal(found):
-                raise ValueError("it is not what was written, by its checksum")
-            known = dict(found["settings"])
-        except (OSError, LookupError, ValueError, TypeError) as error:
-            raise FileFormatError(
-                self._call, f"{file.name}, which cannot be read ({error})", "what an interrupted run has written",
-                try_=advice,
-            ) from error  # fmt: skip
-        names = sorted(known.keys() | self._settings.keys())
-        if changed := [name for name in names if known.get(name) != self._settings.get(name)]:
+        found = read_record(file, {"format": PARTS_FORMAT}, self._call, "a record of finished parts", advice)
+        if changed := differing(found["settings"], self._settings):
             raise InvalidArgumentError(
                 self._call, f"{file.name} of an interrupted run with another {listed(changed)}",
                 "no such file, or the same run again, which goes on from there",
@@ -99,17 +91,12 @@ class PartsFile:
             )  # fmt: skip
         return found
 
-    @property
-    def known(self) -> dict[str, Any]:
-        """What the interrupted run depended on beside the settings: "budget" and "data"; empty if there is none."""
-        return self._known
-
     def begin(self, parts: Sequence[tuple[str, ...]], plan: str, budget: int) -> list[tuple[str, ...]]:
         """The parts to make, those of the interrupted run if it made rows in the same way."""
         if len(parts) > 1:
             refuse_others(self.path, self._call, sharded=True)
-        if self._known.get("plan") == plan:
-            self._record = self._known
+        if self.known.get("plan") == plan:
+            self._record = self.known
         else:
             # The record on the disk stays until a part is finished: a later batch may yet show what that run knew.
             self._record = {
@@ -117,11 +104,6 @@ class PartsFile:
                 "parts": [list(names) for names in parts], "finished": {},
             }  # fmt: skip
         return [tuple(names) for names in self._record["parts"]]
-
-    @property
-    def number(self) -> int:
-        """Of parts."""
-        return len(self._record.get("parts", ()))
 
     def finished(self, number: int) -> bool:
         """Whether a part is there, as it was written; one that is damaged is to be made again."""
@@ -170,16 +152,19 @@ class PartsFile:
             "files": {key: file.name for file, forms in files.items() for key in forms}, "nodes": nodes,
             "tensors": {name: one._asdict() for name, one in written(tensors).items()}, "record": dict(record),
         }  # fmt: skip
-        replace_text(record_of(self.path), json.dumps({**self._record, CHECKSUM: seal(self._record)}))
+        write_record(record_of(self.path), self._record)
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """Of all parts."""
-        return [self._record["finished"][str(number)]["record"] for number in range(self.number)]
+        return [entry["record"] for entry in self._entries()]
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return [self._record["finished"][str(number)] for number in range(len(self._record["parts"]))]
 
     def close(self, kind: str, space: ParameterSpace, metadata: Mapping[str, str]) -> None:
         """Write the index, an operator of this kind whose children are all parts' blocks, and remove the record."""
-        entries = [self._record["finished"][str(number)] for number in range(self.number)]
+        entries = self._entries()
         place = {name: i for i, name in enumerate(space.names)}
         children = [Node.from_json(node) for entry in entries for node in entry["nodes"]]
         root = Node(kind, space.names, {}, {}, tuple(sorted(children, key=lambda node: place[node.names[0]])))

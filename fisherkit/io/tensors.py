@@ -193,6 +193,14 @@ def files_of_index(index: Path) -> dict[str, Path]:
     return {name: index.with_name(file) for name, file in dict(parse(index.read_text("utf-8"))["weight_map"]).items()}
 
 
+def pickled(file: Path) -> bool:
+    """Whether a file begins as those of torch.save do, now zip archives, once pickles."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
 def damaged(call: str, error: Exception | str, *, name: str = "a file", writer: str = "fisher.save") -> FileFormatError:
     """The error of a file that cannot be read, under the name that it has in the sentence."""
     return FileFormatError(

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
+from fisherkit.arguments import check_type
+from fisherkit.errors import InvalidArgumentError, NonFiniteError, listed
 from fisherkit.io.model_files import targets, written
 from fisherkit.merging.models import ModelSource, weighted_average
 from fisherkit.merging.policy import Entries, MergePolicy
@@ -205,14 +206,13 @@ class Job:
                 yield name, self.center.read(name).clone()
 
     def _path(self) -> Path:
-        """The target's path, which must not be a model's."""
-        if not isinstance(self.out, (str, Path)):
-            raise InvalidTypeError(self.call, f"out of type {type(self.out).__name__}", "a path")
-        ours = {place.resolve() for place in targets(Path(self.out))}
+        check_type(self.call, "out", self.out, (str, Path), "a path")
+        out = Path(self.out or "")
+        ours = {place.resolve() for place in targets(out)}
         for model in (*self.models, *([self.center] if self.center else [])):
             if ours & {file.resolve() for file in model.files}:
                 raise InvalidArgumentError(
                     self.call, f"out={str(self.out)!r}, which is the place of {model.label}", "another place",
                     why="it would be overwritten while it is read",
                 )  # fmt: skip
-        return Path(self.out)
+        return out

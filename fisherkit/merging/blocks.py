@@ -29,7 +29,7 @@ from fisherkit.operators import DenseOperator, Factorization, FisherOperator, Re
 from fisherkit.operators.base import convert
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.kronecker_sum import solve_two_products
-from fisherkit.operators.normalization import check_normalize, factor_of_size, frobenius_norm
+from fisherkit.operators.normalization import check_normalize, factor_of_size
 from fisherkit.operators.outputs_average import average_over_outputs, mix_with_average
 from fisherkit.progress import bar
 from fisherkit.solvers import SolveInfo, relative_residual
@@ -86,7 +86,7 @@ def _trace_and_scale(block: FisherOperator, normalize: str | None) -> Float[Tens
     """The trace of a block, and what the block is normalized by: ‖F‖² or a mean eigenvalue."""
     trace = block.trace()
     if normalize == "norm":
-        scale = frobenius_norm(block).square()
+        scale = block._frobenius().square()
     elif normalize == "output" and block.factors is not None:
         scale = block.factors[1].diagonal().double().mean()
     else:

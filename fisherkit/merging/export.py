@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fisherkit.arguments import check_choice, check_positive
+from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.io import part_folder, replace_text, require_folder
@@ -67,7 +67,7 @@ def to_mergekit(
     """
     check_choice(CALL, "uncovered", uncovered, UNCOVERED)
     check_choice(CALL, "other_weights", other_weights, WORDS["other_weights"])
-    check_positive(CALL, "max_shard_size", max_shard_size)
+    check_count(CALL, "max_shard_size", max_shard_size, optional=True)
     if not isinstance(model, (str, Path)) or not isinstance(out, (str, Path)):
         raise InvalidTypeError(
             CALL, f"a {type(model).__name__} as model and a {type(out).__name__} as out", "paths of folders",

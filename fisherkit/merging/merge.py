@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisherkit.arguments import check_number, is_number
+from fisherkit.arguments import check_number, check_type, is_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
@@ -224,8 +224,7 @@ def _center(center: str | Model, call: str) -> ModelSource | None:
     """The state that damping pulls to; None for the average."""
     if isinstance(center, str) and center == "average":
         return None
-    if not isinstance(center, (nn.Module, Mapping, str, Path)):
-        raise InvalidTypeError(call, f"center of type {type(center).__name__}", '"average", or a model in any form')
+    check_type(call, "center", center, (nn.Module, Mapping, str, Path), '"average", or a model in any form')
     return open_model(center, "center", call)
 
 
@@ -331,10 +330,7 @@ def task_arithmetic(
     Cost: one reading of every model; one tensor of each in memory.
     """
     call = "task_arithmetic"
-    if not is_number(scale):
-        raise InvalidTypeError(call, f"scale={scale!r}", "a number")
-    if not math.isfinite(scale):
-        raise InvalidArgumentError(call, f"scale={scale}", "a finite number")
+    scale = check_number(call, "scale", scale, least=-math.inf)
     allowed, sources = checked(policy, call, "average"), open_models(models, call)
     start = open_model(base, "base", call)
     everything = [*sources, start]
@@ -355,7 +351,7 @@ def task_arithmetic(
 
     equal = (1.0,) * len(sources)
     job = Job(call, sources, equal, start, allowed, out, overwrite, return_info, progress)
-    return job.result(entries, merged(), weights=(float(scale),) * len(sources))
+    return job.result(entries, merged(), weights=(scale,) * len(sources))
 
 
 # -- layer after layer -------------------------------------------------------------------------------------------------
@@ -557,11 +553,7 @@ def line_search(
             call, f"loss of type {type(loss).__name__}", "a function of a state dict",
             try_="lambda state: cross_entropy(functional_call(model, state, x), y)",
         )  # fmt: skip
-    if not isinstance(shares, Sequence):
-        raise InvalidTypeError(
-            call, f"shares of type {type(shares).__name__}", "a sequence of numbers from 0 to 1",
-            try_="shares=(0, 0.5, 1)",
-        )  # fmt: skip
+    check_type(call, "shares", shares, Sequence, "a sequence of numbers from 0 to 1", try_="shares=(0, 0.5, 1)")
     tried = [check_number(call, "shares", share, most=1) for share in shares]
     if not tried:
         raise InvalidArgumentError(call, "shares=()", "at least one", try_="shares=(0, 0.5, 1)")

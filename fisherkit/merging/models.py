@@ -99,7 +99,6 @@ def _statistics(names: Iterable[str]) -> frozenset[str]:
 
 
 def _own_names(names: Collection[str]) -> dict[str, str]:
-    """The names that tensors have where nothing is compiled, to those that they have here."""
     found = {plain(name): name for name in names}
     return found if len(found) == len(names) else {name: name for name in names}
 

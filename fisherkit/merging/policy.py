@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fisherkit.arguments import check_choice, check_count, check_device, check_positive, is_number
+from fisherkit.arguments import check_choice, check_count, check_device, check_number, check_type
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, listed
 from fisherkit.merging.models import ModelSource
 
@@ -75,31 +75,25 @@ class MergePolicy:
     max_shard_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every setting."""
         call = "MergePolicy"
         for name, words in WORDS.items():
             if (name, getattr(self, name)) != ("uncovered", None):
                 check_choice(call, name, getattr(self, name), words)
-        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
-            raise InvalidTypeError(call, f"dtype={self.dtype!r}", "a torch.dtype or None")
+        check_type(call, "dtype", self.dtype, torch.dtype | None, "a torch.dtype or None")
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InvalidArgumentError(call, f"dtype={self.dtype}", "a floating-point dtype")
-        if not is_number(self.tolerance) or not 0 < self.tolerance < 1:
-            raise InvalidArgumentError(call, f"tolerance={self.tolerance!r}", "0 < tolerance < 1")
+        check_number(call, "tolerance", self.tolerance, most=1, above=True, below=True)
         check_count(call, "max_steps", self.max_steps)
         if self.device is not None:
             check_device(call, self.device)
-        check_positive(call, "max_shard_size", self.max_shard_size)
+        check_count(call, "max_shard_size", self.max_shard_size, optional=True)
 
 
 def checked(policy: MergePolicy | None, call: str, uncovered: str) -> MergePolicy:
     """The policy, or the default one, with a word for ``uncovered``."""
     policy = MergePolicy() if policy is None else policy
-    if not isinstance(policy, MergePolicy):
-        raise InvalidTypeError(
-            call, f"policy of type {type(policy).__name__}", "a MergePolicy",
-            try_='policy=fk.merging.MergePolicy(uncovered="average")',
-        )  # fmt: skip
+    advice = 'policy=fk.merging.MergePolicy(uncovered="average")'
+    check_type(call, "policy", policy, MergePolicy, "a MergePolicy", try_=advice)
     return replace(policy, uncovered=policy.uncovered or uncovered)
 
 
@@ -209,7 +203,8 @@ class Decision:
         """What becomes of a name that all models share; "refuse ..." where no policy allows anything."""
         if name in self.covered:
             return "merged"
-        if self._equal(name):
+        first, *others = (model.read(name) for model in self.models)
+        if all(other.dtype == first.dtype and torch.equal(first, other.to(first.device)) for other in others):
             return "equal"
         if not self.models[0].dtypes[name].is_floating_point:
             return "first" if "first" in (self.policy.integers, self.policy.buffers) else "refuse integers"
@@ -218,10 +213,6 @@ class Decision:
         if chosen == "average" or (chosen == "center" and self.center is None):
             return "averaged"
         return f"refuse {setting}" if chosen == "refuse" else chosen
-
-    def _equal(self, name: str) -> bool:
-        first, *others = (model.read(name) for model in self.models)
-        return all(other.dtype == first.dtype and torch.equal(first, other.to(first.device)) for other in others)
 
     def _refuse_rest(self, actions: dict[str, str]) -> None:
         kept = '"average"), or "first", or "center"'

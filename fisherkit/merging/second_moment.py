@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkit._version import __version__
-from fisherkit.arguments import check_positive
+from fisherkit.arguments import check_count, check_type
 from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
 from fisherkit.model_state import tensors_hash, weight_hashes
@@ -57,12 +57,9 @@ def from_optimizer(
             adds weight decay to gradients before it squares them.
         NonFiniteError: NaN or infinity in a second moment.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidTypeError(
-            CALL, f"a {type(optimizer).__name__} as optimizer", "a torch.optim.Optimizer",
-            try_="fk.from_optimizer(optimizer, model)",
-        )  # fmt: skip
-    check_positive(CALL, "batch_size", batch_size)
+    advice = "fk.from_optimizer(optimizer, model)"
+    check_type(CALL, "optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", try_=advice)
+    check_count(CALL, "batch_size", batch_size, optional=True)
     known = _named(parameters)
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     own = {name: parameter for name, parameter in known.items() if id(parameter) in groups}

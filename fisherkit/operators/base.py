@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.arguments import is_integer, is_number
+from fisherkit.arguments import check_count, check_number, check_type, is_integer
 from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.coverage import Coverage
 from fisherkit.errors import (
@@ -114,7 +114,6 @@ class FisherOperator(ABC):
 
     @final
     def __matmul__(self, v: Vector) -> Vector:
-        """``fisher @ v``; the same as `matvec`."""
         return self.matvec(v)
 
     @final
@@ -160,7 +159,9 @@ class FisherOperator(ABC):
             InvalidArgumentError: k is not between 1 and D.
             NoClosedFormError: sums whose parts do not share eigenvectors.
         """
-        return self._eigenvalues(self._checked_count(self.size if k is None else k, "eigenvalues"))
+        return self._eigenvalues(
+            self.size if k is None else check_count(f"{self._name}.eigenvalues", "k", k, most=self.size)
+        )
 
     @final
     @without_autocast()
@@ -177,7 +178,7 @@ class FisherOperator(ABC):
             InvalidArgumentError: k is not between 1 and D.
             NoClosedFormError: as `eigenvalues`.
         """
-        return self._eigenvectors(self._checked_count(k, "eigenvectors"))
+        return self._eigenvectors(check_count(f"{self._name}.eigenvectors", "k", k, most=self.size))
 
     @final
     @without_autocast()
@@ -199,13 +200,6 @@ class FisherOperator(ABC):
             return value
         self._inverse(resolved, "effective_dimension", None, None)  # raises where F is singular
         return torch.full_like(value, self.size)
-
-    def _checked_count(self, k: int, operation: str) -> int:
-        if not is_integer(k) or not 1 <= k <= self.size:
-            raise InvalidArgumentError(
-                f"{self._name}.{operation}(k={k})", f"k = {k}", f"an integer from 1 to D = {self.size:,}"
-            )
-        return k
 
     @final
     @without_autocast()
@@ -340,14 +334,8 @@ class FisherOperator(ABC):
     @without_autocast()
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
-        if not is_number(scale):
-            raise InvalidTypeError(f"{self._name} * scale", f"a {type(scale).__name__}", "a number")
-        if not 0 <= scale < float("inf"):
-            raise InvalidArgumentError(
-                f"{self._name} * {scale}", f"scale {scale}", "a finite number, 0 or more",
-                why="operators form a cone: a negative multiple is not positive semi-definite",
-            )  # fmt: skip
-        result = self._scaled(float(scale))
+        why = "operators form a cone: a negative multiple is not positive semi-definite"
+        result = self._scaled(check_number(f"{self._name} * scale", "scale", scale, why=why))
         kept = {k: v for k, v in self.metadata.items() if (k, v) != ("normalization", "sum")}  # it is none any more
         result.metadata = {**kept, "terms": f"{scale} * ({self._title})"}
         return result
@@ -356,7 +344,6 @@ class FisherOperator(ABC):
 
     @final
     def __truediv__(self, divisor: float) -> FisherOperator:
-        """F / divisor."""
         if divisor == 0:
             raise InvalidArgumentError(f"{self._name} / 0", "divisor 0", "a positive number")
         return self * (1 / divisor)
@@ -375,8 +362,7 @@ class FisherOperator(ABC):
         # The sum is itself an operator, so this import cannot be at the top.
         from fisherkit.operators.composite import add
 
-        if not isinstance(other, FisherOperator):
-            raise InvalidTypeError(f"{self._name} + other", f"a {type(other).__name__}", "a FisherOperator")
+        check_type(f"{self._name} + other", "", other, FisherOperator, "a FisherOperator")
         result = add(self, other)
         own = ("examples", "rows")  # numbers of each term, and not of the sum where they are equal
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v and k not in own}
@@ -397,7 +383,6 @@ class FisherOperator(ABC):
         return Coverage.from_json(self._recorded["coverage"])
 
     def __repr__(self) -> str:
-        """What it is, its sizes, and at which parameters it was measured, on one line."""
         known = self._recorded
         parts = [] if self._title == self._name else [self._title]
         parts.append(f"D = {self.size:,}")

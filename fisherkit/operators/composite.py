@@ -53,17 +53,14 @@ class CompositeOperator(FisherOperator):
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether all parts are diagonal."""
         return all(part.is_diagonal for part in self.parts)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
 
     @property
     def together(self) -> Processes | None:
-        """Those of any part."""
         return next((part.together for part in self.parts if part.together is not None), None)
 
     def _usual_damping(self) -> float:
@@ -179,13 +176,11 @@ class BlockDiagonalOperator(CompositeOperator):
 
     @property
     def inversion(self) -> Literal["cheap", "direct", "iterative"]:
-        """How the block that takes most is inverted."""
         found = {block.inversion for block in self.blocks}
         return "iterative" if "iterative" in found else "direct" if "direct" in found else "cheap"
 
     @property
     def decomposed_side(self) -> int:
-        """The side of the largest matrix that a block decomposes."""
         return max(block.decomposed_side for block in self.blocks)
 
     def _made_of(self) -> str:
@@ -306,7 +301,6 @@ class _BlockFactorization(Factorization):
 
 
 def _factorize_block(block: FisherOperator, damping: float, tolerance: float, max_steps: int | None) -> Factorization:
-    """One block's inverse; if it has none, an error that says which block."""
     try:
         return block._factorize(damping, tolerance, max_steps)
     except SingularMatrixError as error:
@@ -481,7 +475,6 @@ def _sum(space: ParameterSpace, terms: Sequence[Sequence[Callable[[], FisherOper
 
 
 def _check_terms(terms: Sequence[FisherOperator], call: str) -> None:
-    """Raise unless all terms are over one space, of one dtype and on one device."""
     if not terms:
         raise InvalidArgumentError(call, "no terms", "at least one operator")
     first = terms[0]
@@ -498,7 +491,6 @@ def _check_terms(terms: Sequence[FisherOperator], call: str) -> None:
 
 
 def _difference(a: ParameterSpace, b: ParameterSpace) -> str:
-    """What two spaces do not share, in words."""
     left, right = dict(zip(a.names, a.shapes, strict=True)), dict(zip(b.names, b.shapes, strict=True))
     parts = []
     if only := [name for name in left if name not in right]:

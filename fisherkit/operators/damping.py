@@ -21,7 +21,6 @@ class RelativeDamping:
     scale: float
 
     def __post_init__(self) -> None:
-        """Check the scale."""
         check_damping(self.scale, "RelativeDamping")
 
 

@@ -103,7 +103,6 @@ class DenseOperator(FisherOperator):
 
     @property
     def decomposed_side(self) -> int:
-        """The side of the matrix itself, D."""
         return self.size
 
     def _usual_damping(self) -> float:

@@ -19,9 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import is_integer
+from fisherkit.arguments import check_count
 from fisherkit.arithmetic import MatMat, without_autocast
-from fisherkit.errors import InvalidArgumentError
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient, relative_residual
@@ -81,11 +80,9 @@ class _Solved(RowSolution):
     columns: Float[Tensor, "D Q"]
 
     def parts(self, rows: Rows) -> Iterator[Part]:
-        """Products of the other rows with the solutions, unit by unit."""
         yield from rows.matmul_by_unit(self.columns)
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], None]:
-        """The unit's part of the solutions, written out."""
         return space.take(self.columns, names), None
 
 
@@ -201,7 +198,6 @@ class Factorization(ABC):
 
     @final
     def __matmul__(self, v: Vector) -> Vector:
-        """The same as `matvec`."""
         return self.matvec(v)
 
     @final
@@ -238,10 +234,7 @@ class Factorization(ABC):
             take one pass.
         """
         operator, count = self.operator, 1 if n is None else n
-        if not is_integer(count) or count < 1:
-            raise InvalidArgumentError(
-                f"{operator._name}.factorize().sample(n={n})", f"n = {n}", "an integer, 1 or more"
-            )
+        check_count(f"{operator._name}.factorize().sample", "n", count)
         noise = torch.randn(operator.size, count, dtype=operator.dtype, device=operator.device, generator=generator)
         draws = self._solve(self.damping**0.5 * noise + operator._draw(generator, count))
         return draws.squeeze(-1) if n is None else draws

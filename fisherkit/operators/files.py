@@ -16,7 +16,7 @@ from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.composite import BlockDiagonalOperator
 from fisherkit.operators.persistence import blocks_of_node, parts_fit, restore
 from fisherkit.operators.sharded import ShardedOperator
-from fisherkit.processes import Group, Processes
+from fisherkit.processes import ALONE, Group, Processes
 from fisherkit.space import ParameterSpace
 
 
@@ -43,8 +43,8 @@ def load(
     """
     call = f"load({str(path)!r})"
     device = check_device(call, device)
-    processes = Processes.of(group, device, call) if shard else None
-    if processes is not None:
+    processes = Processes.of(group, device, call) if shard else ALONE
+    if processes.size > 1:
         return _shared_out(path, device, processes, call)
     state, space, metadata = io.read(path, device=device)
     with parts_fit(call):
@@ -59,9 +59,9 @@ def open_together(
     """A file that all of some processes open, each by its own path; other files in some of them are refused."""
     file = processes.each(call, lambda: open_file(path, device=device))
     header = file.header
-    processes.require_same(
-        call, {"file": (file.space, header.root, file.metadata), "checksums of the file": header.checksums.known}
-    )
+    processes.require_same(call, lambda: {
+        "file": (file.space, header.root, file.metadata), "checksums of the file": header.checksums.known,
+    })  # fmt: skip
     return file
 
 
@@ -113,7 +113,6 @@ class FisherFile:
     device: torch.device
 
     def __repr__(self) -> str:
-        """What it holds, on one line."""
         known = self.metadata
         what = " ".join(known[key] for key in ("kind", "structure") if key in known)
         return f"<FisherFile: {what or 'a matrix'}, D = {self.space.size:,}, {len(self.files)} file(s)>"

@@ -37,7 +37,9 @@ def _forwarded(name: str) -> Any:
                 raise
             raise error.at(f"{self._name}.{call}") from error
 
-    return property(ask) if isinstance(original, property) else functools.wraps(original, updated=())(ask)
+    if isinstance(original, property):
+        return property(ask, doc=original.__doc__)
+    return functools.wraps(original, updated=())(ask)
 
 
 class ForwardingOperator(FisherOperator):
@@ -120,7 +122,6 @@ class PackedOperator(ForwardingOperator):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
         return self.packed.nbytes
 
     def _state(self) -> io.State:

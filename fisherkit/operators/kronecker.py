@@ -45,7 +45,6 @@ class LayerOperator(FisherOperator):
 
     @property
     def layout(self) -> LayerLayout:
-        """Which parameter lies where on the grid that factors and bases act on."""
         return self._layout
 
     def _usual_damping(self) -> float:
@@ -95,7 +94,6 @@ class KroneckerOperator(LayerOperator):
         return EigenKroneckerOperator.of_spectra(self.space, on_inputs, on_outputs, None, self._layout.transposed)
 
     def _spectra_of_factors(self) -> tuple[Spectrum, Spectrum]:
-        """A's eigenpairs and G's."""
         on_inputs, on_outputs = (
             spectrum(matrix, f"KroneckerOperator({name})") if known is None else Spectrum(*known())
             for known, matrix, name in zip(
@@ -174,7 +172,6 @@ class KroneckerOperator(LayerOperator):
 
     @property
     def decomposed_side(self) -> int:
-        """The side of the larger factor."""
         return max(len(self.activation), len(self.gradient))
 
     def _nearest_kronecker(self, layout: LayerLayout) -> tuple[Float[Tensor, "J J"], Float[Tensor, "O O"]]:
@@ -321,7 +318,6 @@ class EigenKroneckerOperator(LayerOperator):
         return both + columns * on_outputs.sum() + rows * on_inputs.sum() + rows * columns * beyond
 
     def _apply(self, columns: Float[Tensor, "D K"], weights: _Weights) -> Float[Tensor, "D K"]:
-        """A function of F times V."""
         grids, u_a, u_g = self._layout.to_grid(columns), self.activation_basis, self.gradient_basis
         grid = grids[0] if len(grids) == 1 else grids  # as in `KroneckerOperator`
         turned = u_g.mT @ grid
@@ -594,7 +590,6 @@ class _EigenSolution(RowSolution):
         yield slot.names, within
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], Bases | None]:
-        """Turned; only of bases that leave nothing out."""
         if self._weighed is None:
             return self._solved, None
         return self._weighed, (self._inverse._eigen.gradient_basis, self._inverse._eigen.activation_basis)

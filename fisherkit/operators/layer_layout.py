@@ -58,7 +58,6 @@ class LayerLayout:
         return torch.cat([grid, bias.unsqueeze(-1)], dim=-1) if self.bias else grid
 
     def _parts(self, rows: Shaped[Tensor, "K D"]) -> tuple[Shaped[Tensor, "K W"], Shaped[Tensor, "K O"]]:
-        """Views of weight and bias."""
         weights = self.outputs * self.inputs
         if self.leading:
             return rows[:, self.outputs :], rows[:, : self.outputs]

@@ -100,7 +100,6 @@ def _look_at(pending: Sequence[_Look]) -> None:
 
 
 def _check_values(tensor: Tensor, call: str, nonnegative: bool) -> None:
-    """Refuse NaN and infinity, and where it is said, negative numbers."""
     check_finite(tensor, call)
     if nonnegative and tensor.numel() and float(tensor.min()) < 0:
         raise InvalidArgumentError(

@@ -195,17 +195,14 @@ class LowRankOperator(FisherOperator):
 
     @property
     def decomposed_side(self) -> int:
-        """The side of the smaller of Gram and F, R or D."""
         return self._rank_bound
 
     @property
     def stored_rows(self) -> tuple[Rows, float] | None:
-        """J and its scale, unless the rows are streamed."""
         return (self.row_source, self.scale) if isinstance(self.row_source, Rows) else None
 
     @property
     def together(self) -> Processes | None:
-        """The processes that have rows of their own."""
         return self._rows.processes if isinstance(self._rows, SharedRows) else None
 
     @property
@@ -319,12 +316,10 @@ class _GramFactorization(Factorization):
 
     @cached_property
     def _gram(self) -> DampedGram:
-        """For solves."""
         return self._precise_gram if self._least >= PRECISE else self._damped(precise=False)
 
     @cached_property
     def _precise_gram(self) -> DampedGram:
-        """Multiplied in float64."""
         return self._gram if "_gram" in vars(self) and self._gram.precise else self._damped(precise=True)
 
     def _damped(self, *, precise: bool) -> DampedGram:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import math
 
-from jaxtyping import Float
-from torch import Tensor
-
 from fisherkit.arguments import check_choice
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
@@ -54,7 +51,7 @@ def normalization_factor(operator: FisherOperator, how: str | None, call: str) -
         raise InvalidTypeError(call, f"a {type(operator).__name__}", "a FisherOperator")
     if how is None:
         return 1.0
-    size = float(operator.trace() if how == "trace" else frobenius_norm(operator))
+    size = float(operator.trace() if how == "trace" else operator._frobenius())
     return factor_of_size(size, operator.size, how, call)
 
 
@@ -69,11 +66,6 @@ def factor_of_size(size: float, dimension: int, how: str, call: str, name: str =
             try_="normalize=None, or another kind",
         )  # fmt: skip
     return (dimension if how == "trace" else math.sqrt(dimension)) / size
-
-
-def frobenius_norm(operator: FisherOperator) -> Float[Tensor, ""]:
-    """‖F‖_F, float64."""
-    return operator._frobenius()
 
 
 def usual_damping(operator: FisherOperator) -> RelativeDamping:

@@ -8,11 +8,10 @@ outputs do: for G ⊗ A it is tr(G)/O · I ⊗ A, the metric of RegMean (Jin et 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.arguments import check_number
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.composite import SumOperator, add, join
 from fisherkit.operators.diagonal import DiagonalOperator
@@ -48,8 +47,7 @@ def mix_with_average(operator: FisherOperator, ratio: float) -> FisherOperator:
     Raises:
         InvalidArgumentError: ρ is negative, NaN or infinite.
     """
-    if not 0 <= ratio < math.inf:
-        raise InvalidArgumentError(f"mix_with_average({ratio})", f"ratio {ratio}", "a finite number, 0 or more")
+    check_number("mix_with_average", "ratio", ratio)
     if ratio == 0:
         return operator
     if len(terms := operator._terms()) > 1:

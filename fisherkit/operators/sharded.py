@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.arguments import check_positive
+from fisherkit.arguments import check_count
 from fisherkit.errors import FisherkitError
 from fisherkit.io.fisher_file import pack
 from fisherkit.model_state import tensors_hash
@@ -70,7 +70,6 @@ class ShardedOperator(FisherOperator):
     def _of(
         self, own: FisherOperator | None, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> ShardedOperator:
-        """The same of another operator over this process's parameters."""
         return ShardedOperator(self.space, own, self.processes, dtype=dtype or self.dtype, device=device or self.device)
 
     # -- putting answers together --------------------------------------------------------------------------------------
@@ -83,7 +82,6 @@ class ShardedOperator(FisherOperator):
         return self._joined(own, lambda one: ask(one, self.space.take(columns, self._mine)), columns.shape[1])
 
     def _joined(self, own: P | None, ask: Callable[[P], Tensor], width: int) -> Float[Tensor, "D K"]:
-        """All processes' parts of flat columns."""
         whole = torch.zeros(self.size, width, dtype=self.dtype, device=self.device)
         if own is not None:
             self.space.put(whole, self._mine, ask(own))
@@ -106,7 +104,6 @@ class ShardedOperator(FisherOperator):
         return found
 
     def _total(self, what: str, own: P | None, ask: Callable[[P], Tensor]) -> Float[Tensor, ""]:
-        """The sum of what each process says, float64."""
         found = self._each(what, own, ask)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         return self.processes.total(zero if found is None else found.to(zero))
@@ -185,7 +182,6 @@ class ShardedOperator(FisherOperator):
 
     @property
     def is_sharded(self) -> bool:
-        """True."""
         return True
 
     def _average(self) -> FisherOperator:
@@ -208,7 +204,7 @@ class ShardedOperator(FisherOperator):
         settings = {"tensors": str([everyones[owner[names]][names] for names in order]), "metadata": str(metadata)}
 
         def begun() -> io.PartsFile | None:
-            check_positive(call, "max_shard_size", max_shard_size)
+            check_count(call, "max_shard_size", max_shard_size, optional=True)
             if self.processes.rank > 0:
                 return None
             file = io.as_path(path, "save(path)")
@@ -236,18 +232,15 @@ class ShardedOperator(FisherOperator):
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether every process's part is."""
         return all(diagonal for diagonal, _, _ in self._facts)
 
     @property
     def inversion(self) -> Literal["cheap", "direct", "iterative"]:
-        """How the part that takes most is inverted."""
         found = {inversion for _, inversion, _ in self._facts}
         return "iterative" if "iterative" in found else "direct" if "direct" in found else "cheap"
 
     @property
     def decomposed_side(self) -> int:
-        """The side of the largest matrix that any process decomposes."""
         return max(side for _, _, side in self._facts)
 
     @property
@@ -257,7 +250,6 @@ class ShardedOperator(FisherOperator):
 
     @property
     def together(self) -> Processes | None:
-        """All of the group."""
         return self.processes
 
     def _usual_damping(self) -> float:

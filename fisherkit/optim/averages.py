@@ -17,7 +17,7 @@ from fisherkit.errors import listed
 from fisherkit.operators import Factorization, FisherOperator
 from fisherkit.operators.damping import check_damping
 from fisherkit.operators.linalg import checked_together
-from fisherkit.processes import Processes
+from fisherkit.processes import ALONE, Processes
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.plan import Plan
 from fisherkit.space import ParameterSpace
@@ -79,7 +79,7 @@ class Averages:
 
     def update(
         self, plan: Plan, space: ParameterSpace, chunks: Sequence[Chunk], examples: int,
-        processes: Processes | None = None, *, large: bool = False, call: str = "update",
+        processes: Processes = ALONE, *, large: bool = False, call: str = "update",
     ) -> None:  # fmt: skip
         """With the rows of a batch of N examples, of which each of some processes has a part, over all parameters.
 
@@ -93,8 +93,7 @@ class Averages:
         with checked_together():  # all factors' decompositions with one wait for the device
             while sums is not None:
                 added: LayerSums = sums.added(chunks)
-                added = added if processes is None else added.met(processes)
-                found = added.averaged(self.records, ema, 1 / examples, due)
+                found = processes.met(added).averaged(self.records, ema, 1 / examples, due)
                 records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
                 sums = structure.next_pass(found)
         if large:

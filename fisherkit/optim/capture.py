@@ -98,7 +98,7 @@ class Capture:
         slices = self.space.slices
         return {n: p for n, p in known.items() if n in slices}
 
-    def catch_up(self, processes: Processes | None) -> None:
+    def catch_up(self, processes: Processes) -> None:
         """Before a step, capture what is not yet; every process must come here."""
 
     def take(self) -> list[Captured]:

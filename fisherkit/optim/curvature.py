@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,8 +35,6 @@ from fisherkit.rows.shared import SharedRows
 from fisherkit.space import ParameterSpace, Selection, infinite
 from fisherkit.wrappers import full, is_fully_sharded
 
-T = TypeVar("T")
-
 FIT = 1e-4
 """Below this ‖∂ℓ/∂z‖² an example's factor says nothing."""
 
@@ -53,8 +51,7 @@ class Curvature:
         )  # fmt: skip
         self.processes = Processes.of(group, next(model.parameters()).device, self.call)
         _refuse_other_processes(model, self.processes, self.call)
-        if self.processes is not None:  # labels are drawn for each process by itself
-            self.capture.offset = self.processes.rank << 32
+        self.capture.offset = self.processes.rank << 32  # labels are drawn for each process by itself
         self.steps = self.examples = 0
         self._operator: FisherOperator | None = None
         self._inverse: tuple[Damping | LayerDamping, list[Factorization]] | None = None
@@ -93,14 +90,10 @@ class Curvature:
 
         Several processes must have ``settings`` alike, and all that decides about the Fisher.
         """
-        own = self._each(lambda: self._finite(gradients))
-        if self.processes is None:
-            return own
+        call = f"{self.call}.step"
         schedule = {"number of steps": self.steps, "number of updates": self.averages.updates}
-        told = {name: str(value) for name, value in {**self.settings.told, **schedule, **settings}.items()}
-        everyones = self.processes.gathered((own, told))
-        self.processes.refuse_different(f"{self.call}.step", [told for _, told in everyones])
-        return all(own for own, _ in everyones)
+        own = self.processes.each(call, lambda: self._finite(gradients))
+        return all(self.processes.require_same(call, lambda: {**self.settings.told, **schedule, **settings}, own))
 
     def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
         chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
@@ -144,17 +137,14 @@ class Curvature:
             InvalidArgumentError: a `LayerDamping` of a structure that keeps rows.
         """
         due, processes = self.due, self.processes
-        captured, space = self._each(self._taken)
-        if processes is not None:
-            space = self._used_anywhere(space, processes)
+        captured, space = processes.each(f"{self.call}.step", self._taken)
+        space = self._used_anywhere(space)
         if due:
-            self._each(lambda: self._refuse_strays(own, gradients, space))
-        examples = sum(one.counted for one in captured)
-        if processes is not None:
-            everyones = processes.gathered((examples, self.capture.examples))
-            examples = sum(own for own, _ in everyones)
-            # The same in all, as what a state dict holds must be: of a checkpoint, each process writes some entries.
-            self.capture.examples = max(seen for _, seen in everyones)
+            processes.each(f"{self.call}.step", lambda: self._refuse_strays(own, gradients, space))
+        everyones = processes.gathered((sum(one.counted for one in captured), self.capture.examples))
+        examples = sum(counted for counted, _ in everyones)
+        # The same in all, as what a state dict holds must be: of a checkpoint, each process writes some entries.
+        self.capture.examples = max(seen for _, seen in everyones)
         if due and examples == 0:  # every label is ignored
             nothing = torch.zeros_like(self._mean(gradients, space, 1))
             return space, Direction(nothing, lambda: nothing.new_zeros((), dtype=torch.float64))
@@ -179,17 +169,13 @@ class Curvature:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
                 self.averages.update(
-                    captured[0].plan, space, chunks, examples, self.processes, call=f"{self.call}.step",
-                    large=self._large or self.processes is not None,  # in one process, in all
+                    captured[0].plan, space, chunks, examples, processes, call=f"{self.call}.step",
+                    large=self._large or processes.size > 1,  # in one process, in all
                 )  # fmt: skip
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
         self._expect()
         return space, direction
-
-    def _each(self, work: Callable[[], T]) -> T:
-        """What comes of work that each process does, or fails in, for itself."""
-        return work() if self.processes is None else self.processes.each(f"{self.call}.step", work)
 
     def _taken(self) -> tuple[list[Captured], ParameterSpace]:
         """What was captured, and the parameters that take part."""
@@ -198,9 +184,11 @@ class Curvature:
         joint = self._joint_space(captured) if due or self.settings.reduction == "sum" else None
         return captured, self.averages.space(self.capture.space) if joint is None or not due else joint
 
-    def _used_anywhere(self, space: ParameterSpace, processes: Processes) -> ParameterSpace:
+    def _used_anywhere(self, space: ParameterSpace) -> ParameterSpace:
         """The parameters that take part in any process; in one that has no rows of some, these are zero."""
-        everyones = processes.gathered(space.names)
+        everyones = self.processes.gathered(space.names)
+        if all(names == space.names for names in everyones):
+            return space
         odd = sorted({name for names in everyones for name in set(names) ^ set(space.names)})
         if odd and self.averages.structure.keeps_rows:
             raise ModelError(
@@ -239,7 +227,7 @@ class Curvature:
             return
         if self.settings.power is None:
             said = [wrong_reduction(captured, self.settings.reduction, sum(one.counted for one in captured))]
-        elif self.processes is None:
+        elif self.processes.size == 1:
             mean = self._mean(gradients, space, self.examples)
             said = [ignored_weights(captured), ignored_terms(captured, mean)]
         else:  # the gradient is made of other processes' examples too
@@ -255,12 +243,12 @@ class Curvature:
         if (power := self.settings.power) is not None and is_number(damping):
             targets = torch.cat([_targets(one, power, len(captured)) for one in captured])
             rows: Rows | SharedRows = Rows.taken_from([chunk.rows for chunk in chunks])
-            if processes is not None:
+            if processes.size > 1:
                 rows = SharedRows(rows, processes)
                 targets = processes.stacked(targets, rows.sizes)
             return gram_direction(rows, structure.groups, targets, damping, self.examples)
         sums = structure.empty().added(chunks)
-        operator = structure.operator(sums if processes is None else sums.met(processes), 1 / self.examples)
+        operator = structure.operator(processes.met(sums), 1 / self.examples)
         inverse = operator.factorize(self._effective(damping))
         return damped(plan.space, [inverse], self._mean(gradients, plan.space, self.examples))
 
@@ -336,10 +324,9 @@ class Curvature:
         pairs = zip(space.names, space.sizes, strict=True)
         flat = torch.cat([gradients[n].reshape(-1) if n in gradients else like.new_zeros(size) for n, size in pairs])
         flat, summed = flat.to(at_least_single(flat.dtype)), self.settings.reduction == "sum"
-        if self.processes is not None:
-            self.processes.require_alike(f"{self.call}.step", flat)
-            flat = flat * self.processes.size if summed else flat  # what was averaged over processes
-        return flat / max(examples, 1) if summed else flat
+        self.processes.require_alike(f"{self.call}.step", flat)
+        # What was averaged over processes is a sum again.
+        return flat / (max(examples, 1) / self.processes.size) if summed else flat
 
     @property
     def _parameters(self) -> dict[str, str]:
@@ -453,17 +440,16 @@ class Watching:
         self._curvature.capture.close()
 
 
-def _refuse_other_processes(model: nn.Module, processes: Processes | None, call: str) -> None:
+def _refuse_other_processes(model: nn.Module, processes: Processes, call: str) -> None:
     """Refuse a group of other processes than those that `fully_shard` has left shards of the model.
 
     Raises:
         ModelError: their number is another.
     """
-    size = 1 if processes is None else processes.size
     sharers = {p.device_mesh.size() for p in model.parameters() if hasattr(p, "device_mesh")}
-    if sharers - {size}:
+    if sharers - {processes.size}:
         raise ModelError(
-            call, f"a model in shards of {max(sharers)} processes, and a group of {size}",
+            call, f"a model in shards of {max(sharers)} processes, and a group of {processes.size}",
             "a group of the processes that have the shards",
             why="each writes its shard of the update, which must be the same update",
             try_="group=None in a default group of those processes, or their own group",

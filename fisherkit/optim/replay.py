@@ -154,7 +154,7 @@ class Replay(Capture):
 
     # -- the same passes on the copy -----------------------------------------------------------------------------------
 
-    def catch_up(self, processes: Processes | None) -> None:
+    def catch_up(self, processes: Processes) -> None:
         """Make the passes again that a step is made of.
 
         Raises:
@@ -164,7 +164,7 @@ class Replay(Capture):
         """
         calls, self._done = self._done, []
         own = bool(calls), fingerprint(self.owner) != self._made_of
-        told = [own] if processes is None else processes.gathered(own)
+        told = processes.gathered(own)
         if not any(some for some, _ in told):
             return
         if any(changed for _, changed in told):
@@ -172,10 +172,7 @@ class Replay(Capture):
         gradients, self._gradients = self._gradients, {}  # of the sharded model, not of the copy
         try:
             with self._filled():
-                if processes is None:
-                    self._again_on_copy(calls)
-                else:
-                    processes.each(f"{self.call}.step", lambda: self._again_on_copy(calls))
+                processes.each(f"{self.call}.step", lambda: self._again_on_copy(calls))
         except BaseException:
             self.finished.clear()  # in no process a part of another step
             raise

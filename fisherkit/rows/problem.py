@@ -25,7 +25,7 @@ from fisherkit.likelihood import Likelihood
 from fisherkit.model_state import parameters_hash
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
-from fisherkit.processes import Processes
+from fisherkit.processes import ALONE, Processes
 from fisherkit.progress import bar, beside
 from fisherkit.rows.base import TILE, RowSelection
 from fisherkit.rows.chunks import Chunk, Slots, joined
@@ -114,7 +114,7 @@ class Problem:
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
         budget: bytes, of which a quarter is for passes; None for as much as is fast.
-        processes: that each have a part of the data; None for one alone.
+        processes: that each have a part of the data.
         offset: how many examples the ranks before this one have, where examples are known by their place.
         folds: whether positions may become examples of their own where vectors are of single ones.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
@@ -139,7 +139,7 @@ class Problem:
     shift_guessed: bool = False
     by_owner: bool | None = None
     budget: int | None = None
-    processes: Processes | None = None
+    processes: Processes = ALONE
     offset: int = 0
     weights: str | None = None
     folds: bool = False
@@ -152,7 +152,7 @@ class Problem:
     def examples(self) -> int:
         """How many examples the data have; of several processes, those of the one that has most."""
         count = self.source.count
-        if self.processes is None:
+        if self.processes.size == 1:
             return count()
         return max(self.processes.gathered(self.processes.each("counting examples", count)))
 
@@ -425,7 +425,7 @@ class Problem:
                 yield micro, start, f"data, batch {number}"
                 start += micro.size
                 shown.update(micro.size / batch.size)
-        if start == 0 and self.processes is None:
+        if start == 0 and self.processes.size == 1:
             raise DataError("data", "no batch", "at least one example")
 
     def refuse_changed(self) -> None:

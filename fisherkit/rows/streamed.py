@@ -206,7 +206,6 @@ class ThinnedSource(Source):
         self.source, self.stride, self.before = source, stride, before
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over all batches."""
         return (batch for _, batch in self.numbered())
 
     def numbered(self) -> Iterator[tuple[int, Batch]]:
@@ -336,5 +335,4 @@ def _agrees(plan: Plan, space: ParameterSpace, row_products: Callable[[Tensor, T
 
 
 def _detached(plan: Plan, space: ParameterSpace) -> dict[str, Tensor]:
-    """Values of the parameters, without a graph."""
     return {name: plan.parameters[name].detach() for name in space.names}

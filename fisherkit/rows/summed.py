@@ -137,7 +137,6 @@ class SumRows(UnitRows):
         return sum(not isinstance(part, SparseRows) for part in self.parts) > 1
 
     def _tiles(self) -> Iterator[Float[Tensor, "r d"]]:
-        """The rows, a few at a time."""
         return (self.some(span).dense() for span in spans(self.count, len(self.parts) * self.size))
 
     def _pairs(self) -> Iterator[tuple[SparseRows, UnitRows]]:

@@ -21,7 +21,7 @@ from fisherkit.operators.forwarding import packed
 from fisherkit.operators.linalg import checked_together
 from fisherkit.operators.low_rank import UNBOUNDED
 from fisherkit.operators.persistence import is_own, subclasses
-from fisherkit.processes import Processes
+from fisherkit.processes import ALONE, Processes
 from fisherkit.rows.base import UnitRows
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, UnitSlot
@@ -184,7 +184,7 @@ class Structure(ABC):
         averaged: whether the sums will be merged with those of other examples after they were decomposed.
         memory_budget: bytes.
         kept: the dtype that the operator's numbers are kept in; None for that of the rows.
-        processes: that each add up a part of the data; None for one alone.
+        processes: that each add up a part of the data.
         expected: says about how many examples will be added up, or None where that is not known.
     """
 
@@ -224,7 +224,7 @@ class Structure(ABC):
     averaged: bool = False
     memory_budget: int = UNBOUNDED
     kept: torch.dtype | None = None
-    processes: Processes | None = None
+    processes: Processes = ALONE
     expected: Callable[[], int | None] = lambda: None
 
     def __init_subclass__(cls) -> None:
@@ -416,8 +416,7 @@ class LayerSums(Sums):
 
         costs = {names: cost for names in old if (cost := units[names].decomposition_cost)}
         new = {names: cost for names, cost in costs.items() if due or old[names] is None}
-        processes = self.structure.processes
-        sent = {} if processes is None else processes.shared_out(new, pairs)
+        sent = self.structure.processes.shared_out(new, pairs)
         for names in costs:
             spectra = sent[names] if names in sent else pairs(names)
             units[names] = replace(units[names], spectra=spectra)  # type: ignore[call-arg]  # who has a cost has these

@@ -412,11 +412,9 @@ class KFAC(LayerStructure):
 
     @staticmethod
     def _many(vectors: float, *sides: int) -> bool:
-        """Whether factors are wide, and vectors as many."""
         return max(sides) >= LARGE and vectors >= max(sides)
 
     def _factors(self, problem: Problem) -> int:
-        """Bytes of the sums of factors."""
         return self.item * sum(i**2 + o**2 for i, o in _sides(problem))
 
     def _others(self, problem: Problem) -> int:
@@ -479,7 +477,7 @@ class EKFAC(KFAC):
             return RotatedSquares.zeros(factors[names], self.dtype, names)
 
         new = {names: u.decomposition_cost for names, u in factors.items() if u.spectra is None}
-        sent = {} if self.processes is None else self.processes.shared_out(new, moments)
+        sent = self.processes.shared_out(new, moments)
         return LayerSums(self, {names: sent[names] if names in sent else moments(names) for names in factors}, others)
 
 
