@@ -25,9 +25,9 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.data import Batch, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
-from fisherkit.influence.compression import FILE, Basis, Compression
+from fisherkit.influence.compression import FILE, Basis, Compression, damaged
 from fisherkit.operators import FisherOperator
-from fisherkit.processes import Processes
+from fisherkit.processes import Processes, by_all
 from fisherkit.progress import bar, beside
 from fisherkit.rows import restore_rows
 from fisherkit.rows.collection import Rows
@@ -277,7 +277,7 @@ def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processe
     live = live.of(limit=int(manifest.get("made", limit)))
     first = 0 if processes is None else processes.before(lambda: sum(1 for _ in source))
     # All that is there is known to be of these data before anything is written: what is refused is left as it was.
-    own = by_all(processes, lambda: _there(path, source, device, first))
+    own = by_all(processes, CALL, lambda: _there(path, source, device, first))
 
     def write() -> list[dict[str, Any]]:
         shown = bar(None, "rows", "blocks", shown=problem.progress)
@@ -288,7 +288,7 @@ def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processe
             shown.update()
         return [own[number] for number in sorted(own)]
 
-    entries = by_all(processes, write)
+    entries = by_all(processes, CALL, write)
     everyones = [entries] if processes is None else processes.gathered(entries)
     manifest["blocks"] = [entry for some in everyones for entry in some]
     if live.compression is not None:
@@ -310,14 +310,9 @@ def read_blocks(folder: str | Path, fisher: FisherOperator, damping: float) -> F
     if known is not None:
         basis = Basis.read(path / FILE, fisher, damping)
         if basis.settings != known:
-            raise _damaged(path / FILE, "it is not the one of the manifest")
+            raise damaged(path / FILE, "it is not the one of the manifest")
     space = fisher.space if basis is None else basis.space
     return FolderBlocks(path, space, fisher.device, manifest, basis)
-
-
-def by_all(processes: Processes | None, function: Callable[[], T]) -> T:
-    """A function in this process, whose error is one in all of them."""
-    return function() if processes is None else processes.each(CALL, function)
 
 
 def by_first(processes: Processes | None, function: Callable[[], T]) -> T:

@@ -28,7 +28,6 @@ from fisherkit.influence.blocks import (
     OncePerExample,
     RowBlock,
     RowBlocks,
-    by_all,
     by_first,
     in_groups,
     read_blocks,
@@ -47,7 +46,7 @@ from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping
 from fisherkit.operators.factorization import Factorization, RowProducts
-from fisherkit.processes import Group, Processes
+from fisherkit.processes import Group, Processes, by_all
 from fisherkit.rows.collection import Rows
 from fisherkit.vectors import EmpiricalVectors, ExactVectors
 
@@ -163,27 +162,34 @@ class InfluenceScores:
         Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form; a
         reading of the blocks that are there. Compressed, another pass over the examples that are checked.
         """
-        check_choice("prepare", "by", by, (None, "token"))
-        if compress is None and (most_error is not None or queries is not None):
-            raise InvalidArgumentError(
-                "prepare", "most_error or queries without compress", "compress=",
-                why="whole rows have no error that could be measured", try_="compress=0.9, or leave them out",
-            )  # fmt: skip
-        if most_error is not None:
-            check_number("prepare", "most_error", most_error)
-        if compress is not None:
-            check_compress(compress, token=by == "token")
-            check_count("prepare", "checked", checked)
-        path = None if folder is None else io.as_path(folder, "prepare(folder)")
-        alone = folder is None and compress is None
+        # Whole rows in memory are made without the others.
+        alone = all(one is None for one in (compress, most_error, queries, folder))
         processes = None if alone else Processes.of(group, self._model_rows.device, "prepare")
-        by_all(processes, self._model_rows.begin)
+
+        def begun() -> Path | None:
+            check_choice("prepare", "by", by, (None, "token"))
+            if compress is None and (most_error is not None or queries is not None):
+                raise InvalidArgumentError(
+                    "prepare", "most_error or queries without compress", "compress=",
+                    why="whole rows have no error that could be measured", try_="compress=0.9, or leave them out",
+                )  # fmt: skip
+            if most_error is not None:
+                check_number("prepare", "most_error", most_error)
+            if compress is not None:
+                check_compress(compress, token=by == "token")
+                check_count("prepare", "checked", checked)
+            self._model_rows.begin()
+            return None if folder is None else io.as_path(folder, "prepare(folder)")
+
+        path = by_all(processes, "prepare", begun)
         if processes is not None:
             asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
-            told = by_all(processes, lambda: None if queries is None else self._model_rows.digest(queries))
+            told = by_all(processes, "prepare", lambda: None if queries is None else self._model_rows.digest(queries))
             asked |= {"queries": told, "folder": "None" if folder is None else "a path"}
             processes.require_same("prepare", self._model_rows.settings(token=by == "token") | asked)
-        live = by_all(processes, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
+        live = by_all(
+            processes, "prepare", lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token")
+        )
         live.set_written_out(by_first(processes, lambda: live.written_out))
         largest = live.limit
         if compress is not None:
@@ -211,11 +217,11 @@ class InfluenceScores:
             processes.each("prepare", basis.refuse_other)
 
         # Examples of all data, by their place there, and one process that measures: any number of them tell the same.
-        count = by_all(processes, live.count)
+        count = by_all(processes, "prepare", live.count)
         before, total = 0, count
         if processes is not None:
             before, total = processes.before(live.counted), sum(processes.gathered(count))
-        sample = by_all(processes, lambda: rows.every(live, max(1, total // checked), before))
+        sample = by_all(processes, "prepare", lambda: rows.every(live, max(1, total // checked), before))
         if processes is not None:
             sample = [part for rank in range(processes.size) for part in processes.sent_by(rank, sample)]
 

@@ -16,7 +16,7 @@ from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.composite import BlockDiagonalOperator
 from fisherkit.operators.persistence import blocks_of_node, parts_fit, restore
 from fisherkit.operators.sharded import ShardedOperator
-from fisherkit.processes import Group, Processes
+from fisherkit.processes import Group, Processes, by_all
 from fisherkit.space import ParameterSpace
 
 
@@ -42,11 +42,12 @@ def load(
         ProcessError: the processes have other files.
     """
     call = f"load({str(path)!r})"
-    device = check_device(call, device)
-    processes = Processes.of(group, device, call) if shard else None
+    processes = Processes.of(group, torch.device("cpu"), call) if shard else None
+    place = by_all(processes, call, lambda: check_device(call, device))
     if processes is not None:
-        return _shared_out(path, device, processes, call)
-    state, space, metadata = io.read(path, device=device)
+        processes.device = place
+        return _shared_out(path, place, processes, call)
+    state, space, metadata = io.read(path, device=place)
     with parts_fit(call):
         operator = restore(space, state)
     operator.metadata = dict(metadata)

@@ -44,7 +44,7 @@ from fisherkit.optim.passes import Captured, lifted
 from fisherkit.optim.replay import Replay
 from fisherkit.optim.sample_space import Direction, damped, gram_direction
 from fisherkit.outputs import OutputRule
-from fisherkit.processes import Group, Processes
+from fisherkit.processes import Group, Processes, by_all
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.generic import dense_gradient
@@ -148,19 +148,22 @@ class Curvature:
                 "Try: a smaller learning rate, a larger damping, or trust_region=."
             )
 
-    def finite(self, gradients: Mapping[str, Tensor], settings: Mapping[str, object]) -> bool:
-        """Whether gradients are finite, with one wait for the device for all that a step needs.
+    def finite(
+        self, gradients: Mapping[str, Tensor], settings: Callable[[], Mapping[str, Any]]
+    ) -> tuple[bool, Mapping[str, Any]]:
+        """Whether gradients are finite, with one wait for the device for all that a step needs; and the settings.
 
-        Several processes must have ``settings`` alike, and all that decides about the Fisher.
+        Several processes must have the ``settings``, checked when they are asked for, alike, and all that decides about
+        the Fisher.
         """
-        if self.processes is None:
-            return self._finite(gradients)
         call = f"{self.call}.step"
-        own = self.processes.each(call, lambda: self._finite(gradients))
-        told = {name: str(value) for name, value in {**self._settings, **settings}.items()}
+        known, own = by_all(self.processes, call, lambda: (settings(), self._finite(gradients)))
+        if self.processes is None:
+            return own, known
+        told = {name: str(value) for name, value in {**self._settings, **known}.items()}
         everyones = self.processes.gathered((own, told))
         self.processes.refuse_different(call, [told for _, told in everyones])
-        return all(own for own, _ in everyones)
+        return all(own for own, _ in everyones), known
 
     @property
     def _settings(self) -> dict[str, object]:
@@ -217,17 +220,12 @@ class Curvature:
                 block structures.
             InvalidArgumentError: a `LayerDamping` of a structure that keeps rows.
         """
-        due = self.due
-        processes = self.processes
-        if processes is None:
-            captured, space = self._taken()
-            if due:
-                self._refuse_strays(own, gradients, space)
-        else:
-            captured, space = processes.each(f"{self.call}.step", self._taken)
+        due, processes, call = self.due, self.processes, f"{self.call}.step"
+        captured, space = by_all(processes, call, self._taken)
+        if processes is not None:
             space = self._used_anywhere(space, processes)
-            if due:
-                processes.each(f"{self.call}.step", lambda: self._refuse_strays(own, gradients, space))
+        if due:
+            by_all(processes, call, lambda: self._refuse_strays(own, gradients, space))
         examples = sum(one.counted for one in captured)
         if self.processes is not None:
             everyones = self.processes.gathered((examples, self.capture.examples))
@@ -258,8 +256,8 @@ class Curvature:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
                 self.averages.update(
-                    captured[0].plan, space, chunks, examples, self.processes, call=f"{self.call}.step",
-                    large=self._large or self.processes is not None,  # in one process, in all
+                    captured[0].plan, space, chunks, examples, processes, call=call,
+                    large=self._large or processes is not None,  # in one process, in all
                 )  # fmt: skip
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
         self.steps += 1
@@ -354,7 +352,9 @@ class Curvature:
             old = self._momentum
             new = [g.add(old[n], alpha=mu) if n in old else g for n, g in space.unflatten(gradient).items()]
             buffer = torch.cat([m.flatten() for m in new])
-            self._momentum, gradient = space.unflatten(buffer), gradient.add(buffer, alpha=mu)
+            # Of a layer that no update has met since a state was loaded, as of one without a gradient.
+            rest = {n: mu * m for n, m in old.items() if n not in space.slices}
+            self._momentum, gradient = rest | space.unflatten(buffer), gradient.add(buffer, alpha=mu)
         return damped(space, self._inverse[1], gradient)
 
     def _effective(self, damping: Damping) -> Damping:
@@ -383,9 +383,9 @@ class Curvature:
         if new:
             self._strays.update(new)
             self.capture.warn(
-                f"gradients of {listed(map(repr, new), 4)} are left as they are: the batch of the last update, one in "
-                f"{self.update_every} steps, did not use them. Try: update_every=1, or params= without them and a "
-                "second optimizer."
+                f"gradients of {listed(map(repr, new), 4)} are left as they are until an update, one in "
+                f"{self.update_every} steps, whose batch uses them, which that of the last one did not. Try: "
+                "update_every=1, or params= without them and a second optimizer."
             )
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:
