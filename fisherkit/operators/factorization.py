@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fisherkit.arguments import is_integer
 from fisherkit.arithmetic import MatMat, without_autocast
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient, relative_residual
@@ -233,11 +233,17 @@ class Factorization(ABC):
 
         Raises:
             InvalidArgumentError: n is not a positive integer.
+            InvalidTypeError: the generator is none.
 
         Cost: one solve with n columns, and n products with a root of F, for which rows that are streamed from the data
             take one pass.
         """
         operator, count = self.operator, 1 if n is None else n
+        if not isinstance(generator, torch.Generator | None):
+            raise InvalidTypeError(
+                f"{operator._name}.factorize().sample", f"a {type(generator).__name__} as generator",
+                "a torch.Generator or None", try_="torch.Generator().manual_seed(0)",
+            )  # fmt: skip
         if not is_integer(count) or count < 1:
             raise InvalidArgumentError(
                 f"{operator._name}.factorize().sample(n={n})", f"n = {n}", "an integer, 1 or more"

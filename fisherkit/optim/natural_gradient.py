@@ -279,7 +279,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         """
         check_has(state_dict, ("param_groups", "curvature"), CALL)
         # torch.distributed.checkpoint leaves out what is empty, and writes every key as a string.
-        found = state_dict.get("state", {})
+        check_has(found := state_dict.get("state", {}), (), CALL)
         numbered = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in found.items()}
         state_dict = {**state_dict, "state": numbered}
         if STATE_CHECKSUM in state_dict:

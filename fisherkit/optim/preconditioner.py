@@ -188,7 +188,7 @@ class Preconditioner(Watching):
         """What decides about a step."""
         settings = {"damping": self.damping, "trust_region": self.trust_region, "layer_rms": self.layer_rms}
         if self.trust_region is not None:
-            rate = self._lr() if callable(self._lr) else self._lr
+            rate: Any = self._lr() if callable(self._lr) else self._lr
             settings["lr"] = check_number(f"{CALL}.step", "lr", rate.item() if isinstance(rate, Tensor) else rate)
         return settings
 

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from fisherkit.data import SHARED, Batch, Source, model_device
-from fisherkit.errors import DataError, FisherkitError, ModelError, listed
+from fisherkit.errors import DataError, FisherkitError, InvalidTypeError, ModelError, listed
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
 from fisherkit.processes import Processes
 from fisherkit.randomness import untouched_rng
@@ -326,17 +326,17 @@ def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processe
 
 def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     """The same for a single batch, on the model's device."""
-    with told(model, space, batch):
+    with told(model, space, batch, single=True):
         return plan_for(model, space, batch)
 
 
 @contextlib.contextmanager
-def told(model: nn.Module, space: ParameterSpace, batch: Batch) -> Iterator[None]:
-    """What a model's error in here means for a single batch, if it does not say enough itself."""
+def told(model: nn.Module, space: ParameterSpace, batch: Batch, *, single: bool = False) -> Iterator[None]:
+    """What a model's error in here means for a batch, perhaps the only one, if it does not say enough itself."""
     try:
         yield
     except Exception as error:
-        _tell(error, model, space, batch, single=True)
+        _tell(error, model, space, batch, single=single)
         raise
 
 
@@ -445,6 +445,19 @@ def _refuse_single_use(error: Exception, model: nn.Module, batch: Batch, *, fail
         ) from error  # fmt: skip
 
 
+def _refuse_inputs(error: Exception, first: Batch, reason: str, *, fails: bool) -> None:
+    """Raise what torch or Python says of a call of the model, with the inputs that it was called with."""
+    if fails and type(error) in (RuntimeError, TypeError):
+        shapes = (f"{n} of shape {list(x.shape)}" for n, x in zip(first.names, first.inputs, strict=True))
+        raise (ModelError if isinstance(error, RuntimeError) else InvalidTypeError)(
+            f"{first.place}, the model's forward pass",
+            f"an error of the model for {listed(shapes)}",
+            "inputs that the model takes, also two of its examples at a time",
+            why=reason,
+            try_="model(*inputs) by itself; ((a, b), y) for inputs by place, ({name: a, ...}, y) by name",
+        ) from error
+
+
 def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
     """Raise what a model's error means, if it does not say enough itself."""
     alike = single and _shared(model, space, first, None)
@@ -511,6 +524,7 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
         ) from error  # fmt: skip
     # Models may well cast their inputs: only what torch itself says of types is put into our words.
     if not isinstance(error, RuntimeError) or "type" not in str(error):
+        _refuse_inputs(error, first, reason, fails=fails)
         return
     others = sorted({str(leaf.dtype) for leaf in first.inputs if leaf.is_floating_point() and leaf.dtype != dtype})
     inside = "torch.autocast inside forward, since a caller's is off here"
