@@ -230,7 +230,7 @@ class _Asked(NamedTuple):
             resolved, space = likelihoods.resolve(o.likelihood, model), ParameterSpace.among(own, params)
             return resolved, space, *model_device(model, space.names, own), Source(o.data, model)
 
-        resolved, space, device, dtype, source = by_all(processes, call, met)
+        resolved, space, device, dtype, source = met() if processes is None else processes.each(call, met)
         hashes = weight_hashes(model, space.names, own)
         if processes is None:
             plan = plan_of(model, space, source, assume=True, own=own)

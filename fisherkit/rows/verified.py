@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import itertools
 import re
+import traceback
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -446,8 +447,10 @@ def _refuse_single_use(error: Exception, model: nn.Module, batch: Batch, *, fail
 
 
 def _refuse_inputs(error: Exception, first: Batch, reason: str, *, fails: bool) -> None:
-    """Raise what torch or Python says of a call of the model, with the inputs that it was called with."""
-    if fails and type(error) in (RuntimeError, TypeError):
+    """Raise what torch or Python says of a call of the model, with its inputs; not what the model raises itself."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    usual = frame.f_globals.get("__name__", "").partition(".")[0] in ("fisherkit", "torch")
+    if fails and usual and type(error) in (RuntimeError, TypeError):
         shapes = (f"{n} of shape {list(x.shape)}" for n, x in zip(first.names, first.inputs, strict=True))
         raise (ModelError if isinstance(error, RuntimeError) else InvalidTypeError)(
             f"{first.place}, the model's forward pass",
