@@ -81,7 +81,7 @@ def check_device(call: str, device: torch.device | str) -> torch.device:
             torch.empty(0, device=found)
             return found
         why = "tensors there have no values"
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         unknown = "device type at start of device string" in str(error)
         why = "there is no such kind of device" if unknown else str(error).splitlines()[0]
     there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
-from fisherkit.arguments import check_choice, check_count
+from fisherkit.arguments import check_choice
 from fisherkit.arithmetic import without_autocast
 from fisherkit.build import Builder, BuildPlan, Built, PartsFile
 from fisherkit.coverage import Coverage
@@ -220,45 +220,28 @@ class _Asked(NamedTuple):
     def of(cls, call: str, arguments: Mapping[str, Any]) -> _Asked:
         """Check all arguments of `FisherApproximation`, by name, and find out how the model's rows are made."""
         o = SimpleNamespace(**arguments)
-        if not isinstance(o.model, nn.Module):
-            raise InvalidTypeError(call, f"a {type(o.model).__name__} as model", "a torch.nn.Module")
-        chosen = structure_named(o.structure, call)
-        for name, allowed in _CHOICES.items():
-            check_choice(call, name, arguments[name], allowed)
-        budget = o.memory_budget
-        if isinstance(budget, float) and budget.is_integer():
-            budget = int(budget)  # as 2e9 is
-        for name, value in (("chunk_size", o.chunk_size), ("memory_budget", budget), ("max_rows", o.max_rows)):
-            check_count(call, name, value, optional=True)
-        _refuse_unfit(call, o, chosen)
-        if o.generator is not None and not isinstance(o.generator, torch.Generator):
-            raise InvalidTypeError(call, f"a {type(o.generator).__name__} as generator", "a torch.Generator or None")
-        if o.kind is None:
-            raise InvalidTypeError(
-                call, "no kind", 'one such as "exact", or an fk.OutputRule',
-                why="a Fisher does not say its vectors itself: its kind does",
-                try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
-            )  # fmt: skip
-        rule = rule_of(o.kind, call=call)
-        if o.generator is not None and rule.random:
-            drawn = torch.randint(1 << 62, (1,), generator=o.generator, device=o.generator.device)
-            rule = rule.with_seed(int(drawn))
+        processes = Processes.of(o.group, torch.device("cpu"), call)
+        alone = processes.size == 1
+        chosen, budget, rule = _checked(call, o) if alone else processes.each(call, lambda: _checked(call, o))
         model, params = within_wrappers(o.model, o.params)
-        resolved = likelihoods.resolve(o.likelihood, model)
+
         own = dict(model.named_parameters())
-        space = ParameterSpace.among(own, params)
-        device, dtype = model_device(model, space.names, own)
+
+        def met() -> tuple[Any, ...]:
+            resolved, space = likelihoods.resolve(o.likelihood, model), ParameterSpace.among(own, params)
+            return resolved, space, *model_device(model, space.names, own), Source(o.data, model)
+
+        resolved, space, device, dtype, source = met() if alone else processes.each(call, met)
         hashes = weight_hashes(model, space.names, own)
-        source, processes = Source(o.data, model), Processes.of(o.group, device, call)
-        if processes.size == 1:
+        if alone:
             plan = plan_of(model, space, source, assume=True, own=own)
         else:
+            processes.device = device
+            settings = ("structure", "example", "normalization", "kfac_positions", "max_rows", "storage", "shard")
             processes.require_same(call, lambda: {
                 "parameters": space.names, "dtype": dtype, "weights": hashes()[0], "likelihood": resolved.recorded,
                 "kind": (rule.kind_name, rule.kind_options()), "shift_labels": o.shift_labels, "budget": budget,
-                "kept dtype": o.dtype, "structure": o.structure, "example": o.example, "storage": o.storage,
-                "normalization": o.normalization, "kfac_positions": o.kfac_positions, "max_rows": o.max_rows,
-                "shard": o.shard,
+                "kept dtype": o.dtype, **{name: getattr(o, name) for name in settings},
             })  # fmt: skip
             plan = joint_plan(model, space, source, processes)
         problem = Problem(
@@ -281,6 +264,34 @@ class _Asked(NamedTuple):
             **({} if o.dtype is None else {"kept_dtype": str(o.dtype).removeprefix("torch.")}),
         }  # fmt: skip
         return cls(builder, chosen, recorded, hashes)
+
+
+def _checked(call: str, o: SimpleNamespace) -> tuple[type[Structure], int | None, OutputRule]:
+    """The structure, the budget and the kind that are asked for, if all settings fit."""
+    if not isinstance(o.model, nn.Module):
+        raise InvalidTypeError(call, f"a {type(o.model).__name__} as model", "a torch.nn.Module")
+    chosen = structure_named(o.structure, call)
+    for name, allowed in _CHOICES.items():
+        check_choice(call, name, getattr(o, name), allowed)
+    budget = o.memory_budget
+    if isinstance(budget, float) and budget.is_integer():
+        budget = int(budget)  # as 2e9 is
+    for name, value in (("chunk_size", o.chunk_size), ("memory_budget", budget), ("max_rows", o.max_rows)):
+        check_count(call, name, value, optional=True)
+    _refuse_unfit(call, o, chosen)
+    if o.generator is not None and not isinstance(o.generator, torch.Generator):
+        raise InvalidTypeError(call, f"a {type(o.generator).__name__} as generator", "a torch.Generator or None")
+    if o.kind is None:
+        raise InvalidTypeError(
+            call, "no kind", 'one such as "exact", or an fk.OutputRule',
+            why="a Fisher does not say its vectors itself: its kind does",
+            try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
+        )  # fmt: skip
+    rule = rule_of(o.kind, call=call)
+    if o.generator is not None and rule.random:
+        drawn = torch.randint(1 << 62, (1,), generator=o.generator, device=o.generator.device)
+        rule = rule.with_seed(int(drawn))
+    return chosen, budget, rule
 
 
 _CHOICES: dict[str, Sequence[object]] = {

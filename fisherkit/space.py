@@ -63,6 +63,8 @@ class ParameterSpace:
             InvalidTypeError: neither names nor a predicate.
             ModelError: parameters that have no values yet.
         """
+        if not isinstance(model, nn.Module):
+            raise InvalidTypeError("ParameterSpace.of", f"a {type(model).__name__} as model", "a torch.nn.Module")
         return cls.among(dict(model.named_parameters()), params)
 
     @classmethod
@@ -218,9 +220,12 @@ class ParameterSpace:
                 of a compiled or wrapped model will do.
 
         Raises:
+            InvalidTypeError: not a dict.
             UnknownParameterError: names missing or unknown.
             InvalidArgumentError: a wrong shape, or axes K that differ.
         """
+        if not isinstance(tensors, Mapping):
+            raise InvalidTypeError("space.flatten", f"a {type(tensors).__name__}", "a dict name -> tensor")
         short = matching(tensors, self.names)
         tensors = {short[name]: tensor for name, tensor in tensors.items()}
         missing, extra = set(self.names) - set(tensors), set(tensors) - set(self.names)
@@ -321,6 +326,8 @@ class ParameterSpace:
             raise InvalidArgumentError(call, f"tensors of {devices}", "one device", why=why)
 
     def _check_flat(self, vector: Tensor, call: str) -> None:
+        if not isinstance(vector, Tensor):
+            raise InvalidTypeError(call, f"a {type(vector).__name__}", "a tensor [D] or [D, K]", try_="torch.as_tensor")
         if vector.ndim not in (1, 2) or vector.shape[0] != self.size:
             raise InvalidArgumentError(
                 call, f"shape {list(vector.shape)}", f"[D] or [D, K] with D = {self.size:,}",

@@ -1,5 +1,6 @@
 """What construction and operations refuse, with which message."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -324,3 +325,26 @@ def test_solve__a_singular_fisher_with_damping_is_fine() -> None:
     solution = built().solve(V, damping=1e-3)
     assert isinstance(solution, Tensor)
     assert bool(torch.isfinite(solution).all())
+
+
+FIRST_CONTACT: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[str, ...]]] = {
+    "space of no model": (lambda: fk.ParameterSpace.of(None), fk.InvalidTypeError, ("a NoneType as model",)),
+    "flatten": (lambda: ef().space.flatten([X]), fk.InvalidTypeError, ("a list", "name -> tensor")),
+    "unflatten": (lambda: ef().space.unflatten([1.0]), fk.InvalidTypeError, ("a list", "[D] or [D, K]")),
+    "a seed as generator": (lambda: ef().factorize(0.1).sample(3), fk.InvalidTypeError, ("a int as generator",)),
+    "no device": (lambda: fk.load("f.safetensors", device=None), fk.InvalidArgumentError, ("device='None'", "cpu")),
+    "an empty path": (lambda: fk.load(""), fk.MissingFileError, ("no such file",)),
+    "tables": (lambda: fk.evaluation.average("x"), fk.InvalidTypeError, ("a str", "compare()")),
+    "a fisher by name": (lambda: fk.merging.merge_layers([mlp(), mlp()], [(X, Y)] * 2, fisher="kfac"),
+        fk.InvalidTypeError, ("fisher='kfac'", "structure=")),
+    "free": (lambda: fk.continual.EWC(m := mlp()).consolidate(ef(m.eval()), free=3), fk.InvalidTypeError,
+        ("params of type int",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ids(FIRST_CONTACT))
+def test_first_contact__raises_no_raw_error(name: str) -> None:
+    call, error, says = FIRST_CONTACT[name]
+    with pytest.raises(error) as caught:
+        call()
+    assert all(piece in str(caught.value) for piece in says), str(caught.value)

@@ -407,3 +407,17 @@ def test_ids_that_are_floats__are_told_apart_from_dtypes_that_do_not_go_together
     model = nn.Sequential(nn.Embedding(6, 3), nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(fk.DataError, match=r"float32 where a table of embeddings.*x.long\(\)"):
         fk.EmpiricalFisher(model, (torch.zeros(5, 4), torch.zeros(5).long()))
+
+
+INPUTS: dict[str, tuple[Any, type[fk.FisherkitError], str]] = {
+    "width": ((X[:, :2], Y), fk.ModelError, r"inputs\[0\] of shape \[6, 2\].*cannot be multiplied"),
+    "two inputs": (((X, X), Y), fk.InvalidTypeError, r"inputs\[0\] of shape \[6, 4\].*positional arguments"),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs__that_the_model_does_not_take_are_named(name: str) -> None:
+    data, error, says = INPUTS[name]
+    for call in (fk.EmpiricalFisher, fk.evaluation.loss_gradient):
+        with pytest.raises(error, match=says):
+            call(mlp(), data)

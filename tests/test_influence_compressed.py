@@ -330,6 +330,27 @@ def expected_on(folder: Path, damping: float) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("how", ["bit", "cut", "gone", "another"])
+def test_eigenvectors__that_are_damaged_are_made_anew_as_the_error_says(how: str, tmp_path: Path) -> None:
+    influence().prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+    path, whole = tmp_path / "rows" / "basis.safetensors", contents(tmp_path / "rows")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    if how == "gone":
+        path.unlink()
+    elif how == "another":
+        influence().prepare(cut_data(), folder=tmp_path / "other", compress=0.3)
+        path.write_bytes((tmp_path / "other" / "basis.safetensors").read_bytes())
+    else:
+        path.write_bytes(content if how == "bit" else content[:-9])
+    with pytest.raises(fk.FileFormatError, match=r"delete .*basis.safetensors, and prepare\(train, folder=.*rows'"):
+        influence().read(tmp_path / "rows")
+    path.unlink(missing_ok=True)
+    influence().prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
+    assert contents(tmp_path / "rows") == whole
+    influence().read(tmp_path / "rows")
+
+
 @pytest.mark.parametrize("name", ["rows-000001.safetensors", "basis.safetensors", "manifest.json"])
 def test_a_damaged_file__is_refused(name: str, tmp_path: Path) -> None:
     scores = influence()

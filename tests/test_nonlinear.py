@@ -277,3 +277,63 @@ def test_hook__that_draws_in_a_backward_pass_leaves_the_generator_as_it_was(kind
     before = torch.get_rng_state()
     fk.FisherApproximation(model, [(x, y), (x[:4], y[:4])], kind)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+@pytest.mark.parametrize("optimizer", [fk.optim.NaturalGradient, fk.optim.Preconditioner])
+def test_step__of_gradients_that_are_clipped_does_not_advise_the_kind_that_it_has(optimizer: Any, kind: str) -> None:
+    net = Net(CHANGES["clipped"], "function")
+    own = optimizer(net, kind=kind, damping=0.1, **({"lr": 0.1} if optimizer is fk.optim.NaturalGradient else {}))
+    with pytest.raises(fk.ModelError, match="clip_grad_norm_") as told:
+        net(X)
+    assert "of kind" not in str(told.value)
+    own.close()
+
+
+class Popped(torch.autograd.Function):
+    """Has no second backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kept = [torch.full_like(x, 2.0)]
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return ctx.kept.pop() * g[0]
+
+
+class Deleted(Popped):
+    """Nor this one."""
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        (kept,) = ctx.kept
+        del ctx.kept
+        return kept * g[0]
+
+
+class Counting(Popped):
+    """Nor this one."""
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        if not ctx.kept:
+            raise RuntimeError("used twice, with a tensor of shape [2, 4]")
+        return ctx.kept.pop() * g[0]
+
+
+@pytest.mark.parametrize("function", [Popped, Deleted, Counting])
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+def test_function__that_frees_what_it_has_kept_is_named(kind: str, function: Any) -> None:
+    first, last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+    model = nn.ModuleList([first, last])
+    model.forward = lambda x: last(function.apply(first(x)))
+    said = rf"model's backward pass: got an error in the second one.*{function.__name__}Backward.*nothing popped"
+    for structure in ("full", "kfac"):
+        with pytest.raises(fk.ModelError, match=said):
+            fk.FisherApproximation(model, (X, Y), kind, structure=structure)
+    for optimizer in (fk.optim.NaturalGradient(model, 0.1, damping=0.1), fk.optim.Preconditioner(model)):
+        with pytest.raises(fk.ModelError, match=said):
+            F.cross_entropy(model(X), Y).backward()
+        optimizer.close()

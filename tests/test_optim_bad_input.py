@@ -19,7 +19,7 @@ from fisherkit.errors import (
     SingularMatrixError,
     UnknownParameterError,
 )
-from tests.bad_input import Case, X, Y, check, ids, mlp, wrapped
+from tests.bad_input import Case, X, Y, check, ids, mlp, normal, wrapped
 from tests.optim_loops import flat, natural
 
 Natural: Any = fk.optim.NaturalGradient
@@ -171,6 +171,20 @@ def many_waiting() -> None:
     optimizer.step()
 
 
+def unbatched(make: Any, x: Tensor, model: nn.Module | None = None, *, first: bool = True) -> None:
+    """A call with one example that has no batch axis, first or after a step."""
+    model = mlp() if model is None else model
+    optimizer = make(model)
+    if not first:
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    model(x)
+
+
+def images() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(-3), nn.Linear(144, 3)).double()
+
+
 def without_tensors() -> None:
     model = wrapped(lambda m, x: m.body(X))
     optimizer = natural(model)
@@ -220,6 +234,16 @@ TRAINING: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[s
         ModelError, ("one dtype",),
     ),
     "no tensors": (without_tensors, DataError, ("axis 0",)),
+    "one example without an axis": (lambda: unbatched(natural, X[0]), DataError,
+        ("shape [4]", "x.unsqueeze(0)", "optimizer.paused()")),
+    "one beside": (lambda: unbatched(lambda m: Beside(m, damping=1.0), X[0]), DataError, ("x.unsqueeze(0)",)),
+    "one image": (lambda: unbatched(natural, normal(3, 8, 8), images()), DataError, ("3 examples", "x.unsqueeze(0)")),
+    "one example of as many outputs": (lambda: unbatched(natural, X[0], mlp(outputs=4)), DataError,
+        ("x.unsqueeze(0)",)),
+    "one example of as many outputs later": (lambda: unbatched(natural, X[0], mlp(outputs=4), first=False), DataError,
+        ("x.unsqueeze(0)",)),
+    "one example later": (lambda: unbatched(natural, X[0], first=False), ModelError,
+        ("outputs of shape [3]", "axis 0")),
 }  # fmt: skip
 
 

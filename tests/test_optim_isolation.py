@@ -406,3 +406,20 @@ def test_models__whose_parameters_are_others_than_the_optimizers(kind: str, chan
     with pytest.raises(ModelError, match=r"0\..*weight.*a new NaturalGradient"):
         optimizer.step()
     assert torch.equal(before, flat(model))
+
+
+def test_optimizer__that_is_collected_in_the_middle_of_a_forward_pass() -> None:
+    model = mlp()
+    model.register_forward_pre_hook(lambda *_: (gc.collect(), None)[1])
+    for before in (False, True):
+        optimizer: Any = fk.optim.Preconditioner(model)
+        optimizer.itself = optimizer  # only the collector finds it
+        if before:
+            F.cross_entropy(model(X), Y).backward()
+        gc.disable()
+        try:
+            del optimizer
+            model(X)
+        finally:
+            gc.enable()
+        assert not model._forward_hooks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError
 from fisherkit.optim.sample_space import with_layer_rms
-from tests.bad_input import X, Y, mlp
+from tests.bad_input import X, Y, mlp, normal
 from tests.optim_cases import backward, close, damped, fisher, jacobian, one_step, places, problem
 from tests.optim_loops import natural
 from tests.reference.fisher import Problem, block_indices
@@ -427,4 +427,68 @@ def test_layers__that_no_update_has_used_yet_are_named() -> None:
         assert before is None or torch.equal(late.weight.grad, before)
     preconditioner.close()
     assert [len(one) for one in said] == [0, 1, 0, 0]
-    assert "gradients of '1.weight', '1.bias' are left as they are" in said[1][0]
+    assert (
+        "gradients of '1.weight', '1.bias' are left as they are until an update, one in 5 steps, whose batch"
+        in said[1][0]
+    )
+
+
+class Skipping(nn.Module):
+    """A layer that is used, or not, as a switch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.late, self.head = (nn.Linear(*s).double() for s in ((4, 5), (5, 5), (5, 3)))
+
+    def forward(self, x: Tensor, used: bool) -> Tensor:
+        h = self.body(x).tanh()
+        return self.head(h + self.late(h) if used else h)
+
+
+def last_gradients(preconditioner: Any, model: Skipping, uses: str, first: int = 0) -> dict[str, Tensor]:
+    """After steps of which '+' use the layer, the last one's gradients; their batches are told by their number."""
+    for step, use in enumerate(uses, first):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(normal(6, 4, seed=step), used=use == "+"), Y).backward()
+        preconditioner.step()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_layer__first_used_between_updates_is_taken_in_by_the_next_update_that_uses_it() -> None:
+    for uses, taken in (("-+-+", None), ("-++", 2), ("-+++", 2), ("-+-++", 4)):
+        model = Skipping()
+        options: dict[str, Any] = {"kind": "ef", "structure": "diagonal", "damping": 0.1, "ema": 0.5, "update_every": 2}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = last_gradients(fk.optim.Preconditioner(model, **options), model, uses)
+        assert len(said) == 1
+        assert "until an update" in str(said[0].message)
+        for name, p in model.late.named_parameters():
+            rows = [
+                torch.stack([
+                    torch.autograd.grad(nn.functional.cross_entropy(model(x[n : n + 1], used=True), Y[n : n + 1]), p)[0]
+                    for n in range(6)
+                ])
+                for x in (normal(6, 4, seed=step) for step in range(len(uses)))
+            ]  # fmt: skip
+            plain = rows[-1].mean(0)
+            expected = plain if taken is None else plain / (rows[taken].square().mean(0) + 0.1)
+            torch.testing.assert_close(found[f"late.{name}"], expected)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
+@pytest.mark.parametrize("uses", ["+-+", "++--+", "+---"])
+def test_gradient_momentum__of_a_layer_that_the_first_updates_after_loading_do_not_use(
+    uses: str, structure: str
+) -> None:
+    options: dict[str, Any] = {"structure": structure, "damping": 0.1, "ema": 0.5, "gradient_momentum": 0.5}
+    model, other = Skipping(), Skipping()
+    straight, resumed = fk.optim.Preconditioner(model, **options), fk.optim.Preconditioner(other, **options)
+    last_gradients(straight, model, uses[:1])
+    resumed.load_state_dict(straight.state_dict())
+    expected, found = (
+        last_gradients(own, m, uses[1:], 1) for own, m in ((straight, model), (resumed, other))
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(resumed.state_dict()["momentum"], straight.state_dict()["momentum"])

@@ -499,8 +499,8 @@ def _chosen(model: nn.Module, selection: Selection) -> set[str]:
     """The names of a selection, which may be empty."""
     if callable(selection):
         return {name for name, parameter in model.named_parameters() if selection(name, parameter)}
-    names = [selection] if isinstance(selection, str) else list(selection or ())
-    return set(ParameterSpace.of(model, names).names) if names else set()
+    names: Any = [selection] if isinstance(selection, str) else selection
+    return set(ParameterSpace.of(model, names).names) if names is not None and names != [] else set()
 
 
 # -- terms: quadratic forms, their sum as a differentiable scalar, and their form in a state dict ----------------------

@@ -121,8 +121,11 @@ def average(tables: Sequence[QualityTable]) -> dict[Key, tuple[float, float]]:
         tables: of the same kinds, structures and dampings.
 
     Raises:
-        InvalidArgumentError: no table, or tables of different updates.
+        InvalidTypeError: no tables.
+        InvalidArgumentError: none of them, or tables of different updates.
     """
+    if not isinstance(tables, Sequence) or not all(isinstance(table, QualityTable) for table in tables):
+        raise InvalidTypeError("average(tables)", f"a {type(tables).__name__}", "a list of what compare() made")
     keys = [[(row.kind, row.structure, row.damping) for row in table.rows] for table in tables]
     if not tables or any(other != keys[0] for other in keys):
         raise InvalidArgumentError(

@@ -26,7 +26,7 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.data import Batch, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
-from fisherkit.influence.compression import FILE, Basis, Compression
+from fisherkit.influence.compression import FILE, Basis, Compression, damaged
 from fisherkit.operators import FisherOperator
 from fisherkit.processes import Processes
 from fisherkit.progress import bar, beside
@@ -307,7 +307,7 @@ def read_blocks(folder: str | Path, fisher: FisherOperator, damping: float) -> F
     if known is not None:
         basis = Basis.read(path / FILE, fisher, damping)
         if basis.settings != known:
-            raise _damaged(path / FILE, "it is not the one of the manifest")
+            raise damaged(path / FILE, "it is not the one of the manifest")
     space = fisher.space if basis is None else basis.space
     return FolderBlocks(path, space, fisher.device, manifest, basis)
 

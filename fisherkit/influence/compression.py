@@ -258,7 +258,11 @@ class Basis:
     @classmethod
     def read(cls, path: Path, fisher: FisherOperator, damping: float) -> Basis:
         """One that was written for this Fisher."""
-        return cls._of_file(path, io.read_tensors(path, fisher.device, CALL, "prepare"), fisher, damping)
+        try:
+            found = io.read_tensors(path, fisher.device, CALL, "prepare")
+        except FileFormatError as error:
+            raise damaged(path, error.got) from error
+        return cls._of_file(path, found, fisher, damping)
 
     @classmethod
     def _of_file(
@@ -282,6 +286,15 @@ class Basis:
                 CALL, f"{path}, which does not fit this Fisher ({error})", "the eigenvectors that prepare wrote for it",
                 try_="the Fisher that the rows were prepared with; another folder, or delete this one",
             ) from error  # fmt: skip
+
+
+def damaged(path: Path, reason: str) -> FileFormatError:
+    """Of a file of eigenvectors that is not what `prepare` wrote."""
+    return FileFormatError(
+        CALL, f"{path.name}, which is missing or damaged ({reason})", "the eigenvectors as prepare wrote them",
+        try_=f"delete {path}, and prepare(train, folder={str(path.parent)!r}, compress=...) as before, which makes it "
+        "anew and keeps the rows",
+    )  # fmt: skip
 
 
 def _layout(block: FisherOperator) -> LayerLayout:

@@ -162,21 +162,26 @@ class InfluenceScores:
         Cost: one forward and one backward pass; memory, or disk, for all rows in their smallest form; a
         reading of the blocks that are there. Compressed, another pass over the examples that are checked.
         """
-        check_choice("prepare", "by", by, (None, "token"))
-        if compress is None and (most_error is not None or queries is not None):
-            raise InvalidArgumentError(
-                "prepare", "most_error or queries without compress", "compress=",
-                why="whole rows have no error that could be measured", try_="compress=0.9, or leave them out",
-            )  # fmt: skip
-        if most_error is not None:
-            check_number("prepare", "most_error", most_error)
-        if compress is not None:
-            check_compress(compress, token=by == "token")
-            check_count("prepare", "checked", checked)
-        path = None if folder is None else io.as_path(folder, "prepare(folder)")
-        alone = folder is None and compress is None
+        # Whole rows in memory are made without the others.
+        alone = all(one is None for one in (compress, most_error, queries, folder))
         processes = ALONE if alone else Processes.of(group, self._model_rows.device, "prepare")
-        processes.each(CALL, self._model_rows.begin)
+
+        def begun() -> Path | None:
+            check_choice("prepare", "by", by, (None, "token"))
+            if compress is None and (most_error is not None or queries is not None):
+                raise InvalidArgumentError(
+                    "prepare", "most_error or queries without compress", "compress=",
+                    why="whole rows have no error that could be measured", try_="compress=0.9, or leave them out",
+                )  # fmt: skip
+            if most_error is not None:
+                check_number("prepare", "most_error", most_error)
+            if compress is not None:
+                check_compress(compress, token=by == "token")
+                check_count("prepare", "checked", checked)
+            self._model_rows.begin()
+            return None if folder is None else io.as_path(folder, "prepare(folder)")
+
+        path = processes.each(CALL, begun)
         if processes.size > 1:
             asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
             told = processes.each(CALL, lambda: None if queries is None else self._model_rows.digest(queries))

@@ -308,7 +308,7 @@ class FisherHeader:
 def read_header(path: str | Path, call: str) -> FisherHeader:
     """All of a Fisher file but its tensors, by its path, its index, or the path that was given to ``save``."""
     path = as_path(path, call)
-    found = path if path.is_file() else index_of(path)
+    found = path if path.is_file() or not path.name else index_of(path)
     if not found.is_file():
         raise MissingFileError(call, "no such file", "one written by fisher.save", try_="check the path")
     indexed = found.name.endswith(INDEX_SUFFIX)

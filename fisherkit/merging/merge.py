@@ -424,6 +424,11 @@ def merge_layers(
             call, f"{len(models)} models and {number} data", "the data of each model",
             why="each model is measured on its own task's data", try_="[data_a, data_b], in the models' order",
         )  # fmt: skip
+    if not callable(fisher):
+        raise InvalidTypeError(
+            call, f"fisher={fisher!r}", "a function of a model, its data and params=",
+            try_='lambda model, data, params: fk.ExactFisher(model, data, structure="kfac", params=params)',
+        )  # fmt: skip
     output_damping = check_number(call, "output_damping", output_damping)
     sources = open_models(models, call)
     space = ParameterSpace.of(unwrapped(models[0]), None)

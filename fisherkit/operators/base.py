@@ -30,7 +30,7 @@ from fisherkit.errors import (
 from fisherkit.operators.damping import REQUIRED, Damping, RelativeDamping, check_damping
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.layer_layout import LayerLayout, marginals
-from fisherkit.processes import Processes
+from fisherkit.processes import ALONE, Processes
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace, Vector
@@ -643,7 +643,7 @@ class FisherOperator(ABC):
     ) -> Factorization:
         if tolerance is None:
             tolerance = DEFAULT_TOLERANCE if self.dtype == torch.float64 else 1e-5
-        resolved = self._resolve(damping, operation)
+        resolved = self._resolve(damping, operation, tolerance=tolerance, max_steps=max_steps)
         try:
             return self._factorize(resolved, tolerance, max_steps)
         except SingularMatrixError as error:
@@ -651,9 +651,13 @@ class FisherOperator(ABC):
             raise error.at(f"{self._name}.{operation}(damping={resolved:g})") from error
 
     def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Callable[[Tensor], Vector]]:
-        return self.space.to_columns(v, f"{self._name}.{operation}", dtype=self.dtype, device=self.device)
+        call = f"{self._name}.{operation}"
+        together = self.together or ALONE
+        return together.each(call, lambda: self.space.to_columns(v, call, dtype=self.dtype, device=self.device))
 
-    def _resolve(self, damping: Damping, operation: str) -> float:
+    def _resolve(self, damping: Damping, operation: str, **settings: object) -> float:
+        together = self.together or ALONE
+        together.require_same(f"{self._name}.{operation}", lambda: {"damping": damping, **settings})
         if isinstance(damping, RelativeDamping):
             return damping.scale * float(self._trace()) / self.space.size
         return check_damping(damping, f"{self._name}.{operation}")

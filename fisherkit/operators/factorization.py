@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fisherkit.arguments import check_count
 from fisherkit.arithmetic import MatMat, without_autocast
+from fisherkit.errors import InvalidTypeError
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient, relative_residual
@@ -229,12 +230,19 @@ class Factorization(ABC):
 
         Raises:
             InvalidArgumentError: n is not a positive integer.
+            InvalidTypeError: the generator is none.
 
         Cost: one solve with n columns, and n products with a root of F, for which rows that are streamed from the data
             take one pass.
         """
         operator, count = self.operator, 1 if n is None else n
-        check_count(f"{operator._name}.factorize().sample", "n", count)
+        call = f"{operator._name}.factorize().sample"
+        if not isinstance(generator, torch.Generator | None):
+            raise InvalidTypeError(
+                call, f"a {type(generator).__name__} as generator", "a torch.Generator or None",
+                try_="torch.Generator().manual_seed(0)",
+            )  # fmt: skip
+        check_count(call, "n", count)
         noise = torch.randn(operator.size, count, dtype=operator.dtype, device=operator.device, generator=generator)
         draws = self._solve(self.damping**0.5 * noise + operator._draw(generator, count))
         return draws.squeeze(-1) if n is None else draws

@@ -42,11 +42,12 @@ def load(
         ProcessError: the processes have other files.
     """
     call = f"load({str(path)!r})"
-    device = check_device(call, device)
-    processes = Processes.of(group, device, call) if shard else ALONE
+    processes = Processes.of(group, torch.device("cpu"), call) if shard else ALONE
+    place = processes.each(call, lambda: check_device(call, device))
     if processes.size > 1:
-        return _shared_out(path, device, processes, call)
-    state, space, metadata = io.read(path, device=device)
+        processes.device = place
+        return _shared_out(path, place, processes, call)
+    state, space, metadata = io.read(path, device=place)
     with parts_fit(call):
         operator = restore(space, state)
     operator.metadata = dict(metadata)

@@ -128,7 +128,7 @@ class ShardedOperator(FisherOperator):
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         # A generator of each process's own, as those of all processes are alike and blocks must be independent.
         seeds = torch.randint(1 << 53, (self.processes.size,), generator=generator, device=self.device)
-        self.processes.require_alike("sample", seeds)
+        self.processes.require_alike(f"sample({count})", seeds)
         own = torch.Generator(self.device).manual_seed(int(seeds[self.processes.rank]))
         return self._joined(self.own, lambda operator: operator._draw(own, count), count)
 
@@ -149,7 +149,7 @@ class ShardedOperator(FisherOperator):
 
     def _leading(self, k: int) -> list[Float[Tensor, "_"]]:
         """Every process's largest eigenvalues, among which the k largest of all lie."""
-        own = self._each("eigenvalues", self.own, lambda own: own._eigenvalues(min(k, own.size)))
+        own = self._each(f"eigenvalues({k})", self.own, lambda own: own._eigenvalues(min(k, own.size)))
         none = torch.zeros(0, dtype=torch.float64, device=self.device)
         return self.processes.gathered(none if own is None else own)
 
@@ -169,10 +169,13 @@ class ShardedOperator(FisherOperator):
         return self.processes.total(whole)
 
     def _scaled(self, scale: float) -> FisherOperator:
+        self._asked(f"{scale} * F")
         return self._of(self.own and self.own._scaled(scale))
 
     def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
-        return self._of(self._each("convert", self.own, lambda own: own._converted(dtype, device)), dtype, device)
+        return self._of(
+            self._each(f"convert({dtype})", self.own, lambda own: own._converted(dtype, device)), dtype, device
+        )
 
     def _plus(self, other: FisherOperator) -> FisherOperator | None:
         # Of the same parts: each process adds its own, and what does not fold stays a sum there.

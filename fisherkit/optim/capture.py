@@ -38,7 +38,7 @@ from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, forward, influenced
 from fisherkit.rows.record import Recorder, Still
-from fisherkit.rows.verified import fingerprint, plan_of_call
+from fisherkit.rows.verified import fingerprint, plan_of_call, told
 from fisherkit.rows.watched import Watched, refuse_reentrant
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.wrappers import full
@@ -172,7 +172,8 @@ class Capture:
             self._seen.add(id(plan))
             nodes = [use.edge.node for use in watched.uses]
             refuse_reentrant(z, nodes, cut or hidden, f"{self.call}, forward pass", cut=bool(cut))
-        self._refuse_influence(plan, batch, watched, coupled)
+        with told(self.model, plan.space, batch):
+            self._refuse_influence(plan, batch, watched, coupled)
         self._refuse_nonlinear(plan, watched, coupled)
         if plan.generic:
             self._refuse_unfit(plan, coupled, random=recorder.random)
@@ -272,8 +273,9 @@ class Capture:
         # Rows along the gradient are multiples of the user's, but for those without a rule.
         ruled = {name for unit in plan.ruled for name in unit.names}
         multiples = self.rule.along_gradient and not coupled
+        advice = "gradients that are changed between backward() and step(), as by clip_grad_norm_, with damping="
         with self._watch.quiet():
-            plan.refuse_nonlinear_here(seen, f"{self.call}, forward pass", ruled if multiples else None)
+            plan.refuse_nonlinear_here(seen, f"{self.call}, forward pass", ruled if multiples else None, advice)
 
     def _by_owner(self, plan: Plan, batch: Batch, seen: Watched) -> bool:
         """Whether Kronecker factors count the positions of one example that outputs depend on, as those of several."""

@@ -85,15 +85,27 @@ class Curvature:
         except (NonFiniteError, SingularMatrixError) as error:
             raise explained(error, outputs, self.capture.first) from error
 
-    def finite(self, gradients: Mapping[str, Tensor], settings: Mapping[str, object]) -> bool:
-        """Whether gradients are finite, with one wait for the device for all that a step needs.
+    def say_if_diverged(self, own: Mapping[str, nn.Parameter]) -> None:
+        """Warn once, beside gradients that are not finite, of parameters that are not: no scaler's doing."""
+        if not all_finite(*own.values()):
+            self.capture.warn(
+                "the loss has diverged: parameters with NaN or infinite entries. Gradients are left as they are. "
+                "Try: a smaller learning rate, a larger damping, or trust_region=."
+            )
 
-        Several processes must have ``settings`` alike, and all that decides about the Fisher.
+    def finite(
+        self, gradients: Mapping[str, Tensor], settings: Callable[[], Mapping[str, Any]]
+    ) -> tuple[bool, Mapping[str, Any]]:
+        """Whether gradients are finite, with one wait for the device for all that a step needs; and the settings.
+
+        Several processes must have the ``settings``, checked when they are asked for, alike, and all that decides about
+        the Fisher.
         """
         call = f"{self.call}.step"
         schedule = {"number of steps": self.steps, "number of updates": self.averages.updates}
-        own = self.processes.each(call, lambda: self._finite(gradients))
-        return all(self.processes.require_same(call, lambda: {**self.settings.told, **schedule, **settings}, own))
+        known, own = self.processes.each(call, lambda: (settings(), self._finite(gradients)))
+        everyones = self.processes.require_same(call, lambda: {**self.settings.told, **schedule, **known}, own)
+        return all(everyones), known
 
     def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
         chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
@@ -136,11 +148,11 @@ class Curvature:
                 block structures.
             InvalidArgumentError: a `LayerDamping` of a structure that keeps rows.
         """
-        due, processes = self.due, self.processes
-        captured, space = processes.each(f"{self.call}.step", self._taken)
+        due, processes, call = self.due, self.processes, f"{self.call}.step"
+        captured, space = processes.each(call, self._taken)
         space = self._used_anywhere(space)
         if due:
-            processes.each(f"{self.call}.step", lambda: self._refuse_strays(own, gradients, space))
+            processes.each(call, lambda: self._refuse_strays(own, gradients, space))
         everyones = processes.gathered((sum(one.counted for one in captured), self.capture.examples))
         examples = sum(counted for counted, _ in everyones)
         # The same in all, as what a state dict holds must be: of a checkpoint, each process writes some entries.
@@ -169,7 +181,7 @@ class Curvature:
             if due:
                 chunks = [chunk for one in captured for chunk in self._chunks(one, len(captured))]
                 self.averages.update(
-                    captured[0].plan, space, chunks, examples, processes, call=f"{self.call}.step",
+                    captured[0].plan, space, chunks, examples, processes, call=call,
                     large=self._large or processes.size > 1,  # in one process, in all
                 )  # fmt: skip
             direction = self._averaged(space, self._mean(gradients, space, examples), damping)
@@ -267,7 +279,9 @@ class Curvature:
             old = self._momentum
             new = [g.add(old[n], alpha=mu) if n in old else g for n, g in space.unflatten(gradient).items()]
             buffer = torch.cat([m.flatten() for m in new])
-            self._momentum, gradient = space.unflatten(buffer), gradient.add(buffer, alpha=mu)
+            # Of a layer that no update has met since a state was loaded, as of one without a gradient.
+            rest = {n: mu * m for n, m in old.items() if n not in space.slices}
+            self._momentum, gradient = rest | space.unflatten(buffer), gradient.add(buffer, alpha=mu)
         return damped(space, self._inverse[1], gradient)
 
     def _effective(self, damping: Damping) -> Damping:
@@ -292,9 +306,9 @@ class Curvature:
         if new := _outside(own, gradients, space, self._strays):
             self._strays.update(new)
             self.capture.warn(
-                f"gradients of {listed(map(repr, new), 4)} are left as they are: the batch of the last update, one in "
-                f"{self.settings.update_every} steps, did not use them. Try: update_every=1, or params= without them "
-                "and a second optimizer."
+                f"gradients of {listed(map(repr, new), 4)} are left as they are until an update, one in "
+                f"{self.settings.update_every} steps, whose batch uses them, which that of the last one did not. Try: "
+                "update_every=1, or params= without them and a second optimizer."
             )
 
     def _joint_space(self, captured: list[Captured]) -> ParameterSpace:

@@ -19,7 +19,7 @@ from fisherkit.optim.averages import LayerDamping
 from fisherkit.optim.curvature import Curvature, Watching, check_has
 from fisherkit.optim.settings import StepSettings, check_damping_choice, whole_model
 from fisherkit.outputs import OutputRule
-from fisherkit.processes import Group
+from fisherkit.processes import Group, in_all
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.wrappers import full, local, shard_like
 
@@ -97,6 +97,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
     a model in shards, for steps that take rows, your passes once more on a copy with all weights.
     """
 
+    @in_all(CALL)
     def __init__(
         self,
         model: nn.Module,
@@ -155,23 +156,26 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         gradients = self._curvature.gradients(own)
         if not gradients:
             return loss
-        self._refuse_others(own, gradients)
         first = self.param_groups[0]
-        check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
-        damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
-        with without_autocast(), self._curvature.explaining():  # the closure above is the user's own
-            settings = {
+
+        def settings() -> dict[str, Any]:
+            self._refuse_others(own, gradients)
+            check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
+            return {
                 f"{name} of group {i}": value
                 for i, group in enumerate(self.param_groups)
                 for name, value in group.items()
                 if name in (*_OF_ONE, *_OF_ALL)
             }
-            if not self._curvature.finite(gradients, settings):
+
+        with without_autocast(), self._curvature.explaining():  # the closure above is the user's own
+            if not self._curvature.finite(gradients, settings)[0]:
                 bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
                 raise NonFiniteError(
                     f"{CALL}.step", f"gradients with NaN or infinite entries of {bad}", "finite gradients",
                     try_="skipping the step, as torch.amp.GradScaler does, or a smaller lr",
                 )  # fmt: skip
+            damping = first["damping"] if first["gram_damping"] is None else first["gram_damping"]
             space, direction = self._curvature.direction(own, gradients, damping)
             if first["normalize_update"]:
                 direction = direction.normalized()
@@ -269,7 +273,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         """
         check_has(state_dict, ("param_groups", "curvature"), CALL)
         # torch.distributed.checkpoint leaves out what is empty, and writes every key as a string.
-        found = state_dict.get("state", {})
+        check_has(found := state_dict.get("state", {}), (), CALL)
         numbered = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in found.items()}
         state_dict = {**state_dict, "state": numbered}
         if STATE_CHECKSUM in state_dict:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fisherkit.arguments import is_number
-from fisherkit.arithmetic import all_finite, without_autocast
+from fisherkit.arguments import check_number, is_number
+from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping
@@ -19,7 +19,7 @@ from fisherkit.optim.curvature import Curvature, Watching
 from fisherkit.optim.sample_space import with_layer_rms
 from fisherkit.optim.settings import StepSettings, whole_model
 from fisherkit.outputs import OutputRule
-from fisherkit.processes import Group
+from fisherkit.processes import Group, in_all
 from fisherkit.space import Selection
 from fisherkit.structures import structure_named
 from fisherkit.wrappers import local, shard_like
@@ -93,6 +93,7 @@ class Preconditioner(Watching):
         inverse. Of a model in shards, for updates, your passes once more on a copy with all weights.
     """
 
+    @in_all(CALL)
     def __init__(
         self,
         model: nn.Module,
@@ -160,20 +161,13 @@ class Preconditioner(Watching):
         if not gradients:
             return
         with curvature.explaining():
-            settings = {"damping": self.damping, "trust_region": self.trust_region, "layer_rms": self.layer_rms}
-            rate = self._lr() if callable(self._lr) else self._lr
-            if self.trust_region is not None:
-                settings["lr"] = rate
-            if not curvature.finite(gradients, settings):
-                if not all_finite(*own.values()):  # no scaler's doing
-                    curvature.capture.warn(
-                        "the loss has diverged: parameters with NaN or infinite entries. Gradients are left as they "
-                        "are. Try: a smaller learning rate, a larger damping, or trust_region=."
-                    )
+            finite, settings = curvature.finite(gradients, self._settings)
+            if not finite:
+                curvature.say_if_diverged(own)
                 curvature.capture.forget()
                 return
             space, direction = curvature.direction(own, gradients, self.damping)
-        update = direction.within(self.trust_region, rate)
+        update = direction.within(self.trust_region, settings.get("lr", 1.0))
         deltas, strided = space.unflatten(update), []
         if self.layer_rms is not None:
             deltas = with_layer_rms(deltas, gradients, self.layer_rms)
@@ -185,6 +179,14 @@ class Preconditioner(Watching):
                 own[name].grad = delta.clone()
         if strided:
             torch._foreach_copy_([gradient for gradient, _ in strided], [delta for _, delta in strided])
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides about a step."""
+        settings = {"damping": self.damping, "trust_region": self.trust_region, "layer_rms": self.layer_rms}
+        if self.trust_region is not None:
+            rate: Any = self._lr() if callable(self._lr) else self._lr
+            settings["lr"] = check_number(f"{CALL}.step", "lr", rate.item() if isinstance(rate, Tensor) else rate)
+        return settings
 
     def state_dict(self) -> dict[str, Any]:
         """Running averages and counters."""

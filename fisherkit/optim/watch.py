@@ -121,12 +121,14 @@ class _Hook:
     def __init__(self, owner: Watch | None, before: bool) -> None:
         self._owner, self._before = (None if owner is None else weakref.ref(owner)), before
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+    def __call__(self, module: nn.Module, *given: Any) -> None:
         if torch.compiler.is_compiling():
             return
         owner = None if self._owner is None else self._owner()
-        if owner is None or owner.model is not module:
+        # Taken off in the middle of a call, as by the garbage collector, torch calls it once more without its keywords.
+        if owner is None or owner.model is not module or not owner.close.alive:
             return
+        args, kwargs, *output = given
         if self._before:
             owner._begin(args, kwargs)
         else:

@@ -37,6 +37,8 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative difference that rounding explains between two ways to the same gradient; 5e-2 for half precision."""
 
 
+OF_GRADIENTS = 'a Fisher of kind "ef" or "ief" in float32 or float64, whose rows are what autograd gives for the loss'
+
 LARGE = 1 << 20
 """Outputs that are not copied as a whole to be compared."""
 
@@ -241,15 +243,19 @@ class Plan(Findings):
         """The space's blocks, joined where a unit spans two modules."""
         return tuple(self.space.joined_blocks(unit.names for unit in self.units))
 
-    def refuse_nonlinear_here(self, seen: Watched, call: str, names: Collection[str] | None = None) -> None:
+    def refuse_nonlinear_here(
+        self, seen: Watched, call: str, names: Collection[str] | None = None, try_: str = OF_GRADIENTS
+    ) -> None:
         """As `refuse_nonlinear`, by the examples of a batch, where functions and hooks that are known may do otherwise.
 
         Cost: none where there are neither functions nor hooks of users, else four backward passes.
         """
-        replace(self, nonlinear=self.nonlinear | nonlinear(self, seen)).refuse_nonlinear(call, names)
+        replace(self, nonlinear=self.nonlinear | nonlinear(self, seen)).refuse_nonlinear(call, names, try_)
 
-    def refuse_nonlinear(self, call: str, names: Collection[str] | None = None) -> None:
+    def refuse_nonlinear(self, call: str, names: Collection[str] | None = None, try_: str = OF_GRADIENTS) -> None:
         """Refuse rows of other vectors, or multiples of vectors, than autograd itself is given.
+
+        ``try_`` is what to try beside leaving the function, or the parameters, out.
 
         Raises:
             ModelError: gradients of some parameters, of these ``names``, are not linear in the outputs' gradients.
@@ -261,8 +267,7 @@ class Plan(Findings):
                 "a backward pass of derivatives, which doubles with its vector",
                 why="an autograd function or a hook of yours changes gradients on the way, as by clipping, signs or "
                 "rounding, so that rows depend on the vectors' size and sign: there is no such matrix",
-                try_="the model without it (handle.remove()), params= without these parameters, or a Fisher of kind "
-                '"ef" or "ief", whose rows are what autograd gives for the loss gradient',
+                try_=f"the model without it (handle.remove()), params= without these parameters, or {try_}",
             )  # fmt: skip
 
     def unruled(self, watched: Watched) -> set[str]:

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import itertools
 import re
+import traceback
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,12 +34,12 @@ import torch
 from torch import nn
 
 from fisherkit.data import SHARED, Batch, Source, model_device
-from fisherkit.errors import DataError, FisherkitError, ModelError, listed
+from fisherkit.errors import DataError, FisherkitError, InvalidTypeError, ModelError, listed
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
 from fisherkit.processes import Processes
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import RowSelection
-from fisherkit.rows.differentiable import kept_whole, pulled_back
+from fisherkit.rows.differentiable import differentiable, kept_whole, pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Findings, Plan, Probe, forward, make_plan, probed, tolerance, two_of
@@ -46,7 +47,7 @@ from fisherkit.rows.record import refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import RULES, Use
 from fisherkit.rows.units import RuledUnit, SharedUnit
-from fisherkit.rows.watched import Watched, uses_are_all
+from fisherkit.rows.watched import UNBATCHED, Watched, custom_functions, graph_of, uses_are_all
 from fisherkit.space import ParameterSpace
 
 MOST = 32
@@ -326,10 +327,17 @@ def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processe
 
 def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     """The same for a single batch, on the model's device."""
-    try:
+    with told(model, space, batch, single=True):
         return plan_for(model, space, batch)
+
+
+@contextlib.contextmanager
+def told(model: nn.Module, space: ParameterSpace, batch: Batch, *, single: bool = False) -> Iterator[None]:
+    """What a model's error in here means for a batch, perhaps the only one, if it does not say enough itself."""
+    try:
+        yield
     except Exception as error:
-        _tell(error, model, space, batch, single=True)
+        _tell(error, model, space, batch, single=single)
         raise
 
 
@@ -415,6 +423,44 @@ def _refuse_state(error: Exception, model: nn.Module, first: Batch, *, fails: bo
     ) from error  # fmt: skip
 
 
+def _refuse_single_use(error: Exception, model: nn.Module, batch: Batch, *, fails: bool) -> None:
+    """Raise what a failure means of functions of users that throw away in a backward pass what the next would need."""
+    if fails:
+        return
+    own = list(model.parameters())
+    with untouched_rng([own[0].device]), differentiable(model, own):
+        z = batch.call(model)
+        names, done = custom_functions(graph_of(z.grad_fn)), 0
+        with contextlib.suppress(Exception):  # they raise what they like
+            while names and done < 2:
+                pulled_back(z, own, torch.ones_like(z))
+                done += 1
+    if done == 1:
+        raise ModelError(
+            "the model's backward pass", f"an error in the second one through the same graph "
+            f"({(str(error) or type(error).__name__).splitlines()[0]})", "a graph that can be gone through again",
+            why="rows take several backward passes of one forward pass, and a function of yours "
+            f"({listed(sorted(names))}) throws away what the first one has used",
+            try_="a backward that leaves ctx as it is: ctx.save_for_backward and ctx.saved_tensors, nothing popped, "
+            "deleted or written to",
+        ) from error  # fmt: skip
+
+
+def _refuse_inputs(error: Exception, first: Batch, reason: str, *, fails: bool) -> None:
+    """Raise what torch or Python says of a call of the model, with its inputs; not what the model raises itself."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    usual = frame.f_globals.get("__name__", "").partition(".")[0] in ("fisherkit", "torch")
+    if fails and usual and type(error) in (RuntimeError, TypeError):
+        shapes = (f"{n} of shape {list(x.shape)}" for n, x in zip(first.names, first.inputs, strict=True))
+        raise (ModelError if isinstance(error, RuntimeError) else InvalidTypeError)(
+            f"{first.place}, the model's forward pass",
+            f"an error of the model for {listed(shapes)}",
+            "inputs that the model takes, also two of its examples at a time",
+            why=reason,
+            try_="model(*inputs) by itself; ((a, b), y) for inputs by place, ({name: a, ...}, y) by name",
+        ) from error
+
+
 def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
     """Raise what a model's error means, if it does not say enough itself."""
     alike = single and _shared(model, space, first, None)
@@ -429,7 +475,9 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
     if isinstance(error, FisherkitError):
         return
     device, dtype = model_device(model, space.names)
-    fails = not _works(model, first.take(slice(0, 2)).to(device))  # else it is the gradient that does
+    two = first.take(slice(0, 2)).to(device)
+    fails = not _works(model, two)  # else it is the gradient that does
+    _refuse_single_use(error, model, two, fails=fails)
     _refuse_state(error, model, first.to(device), fails=fails)
     if fails and first.size > 2 and _works(model, first.to(device)):
         raise DataError(
@@ -437,13 +485,19 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
             "examples along axis 0 that need no others",
             why=f"for the first two it fails with: {(str(error) or type(error).__name__).splitlines()[0]}",
             try_="a graph as one element of the batch, inputs (1, nodes, ...) and labels (1, nodes), with "
-            'example="token", if they are the nodes of a graph',
+            f'example="token"; {UNBATCHED}',
         ) from error  # fmt: skip
     reason = f"the model's forward pass fails: {(str(error) or type(error).__name__).splitlines()[0]}"
     if first.targets is None and is_encoder_decoder(model) and not first.kwargs.keys() & {"labels", *DECODER_INPUTS}:
         raise DataError(
             first.place, "neither labels nor decoder inputs for an encoder-decoder",
             f"labels, or one of {', '.join(DECODER_INPUTS)}", why=reason,
+        ) from error  # fmt: skip
+    if fails and _works(model, replace(first._mapped(lambda x: x.unsqueeze(0)), size=1).to(device)):
+        raise DataError(
+            first.place, f"inputs of shape {listed(str(list(x.shape)) for x in first.inputs)}, of which the model "
+            "fails with the first two along axis 0 and works with one more axis in front", "examples along axis 0",
+            why=reason, try_=UNBATCHED,
         ) from error  # fmt: skip
     usual = type(error).__module__ == "builtins"  # a user's own errors are meant for the user
     if usual and fails and first.size > 1 and _works(model, first.take(slice(0, 1)).to(device)):
@@ -473,6 +527,7 @@ def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batc
         ) from error  # fmt: skip
     # Models may well cast their inputs: only what torch itself says of types is put into our words.
     if not isinstance(error, RuntimeError) or "type" not in str(error):
+        _refuse_inputs(error, first, reason, fails=fails)
         return
     others = sorted({str(leaf.dtype) for leaf in first.inputs if leaf.is_floating_point() and leaf.dtype != dtype})
     inside = "torch.autocast inside forward, since a caller's is off here"

@@ -31,6 +31,8 @@ from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, o
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
 
+UNBATCHED = "x.unsqueeze(0), if that is one example; optimizer.paused() or no_grad() around calls that lead to no step"
+
 
 @dataclass(frozen=True, eq=False)
 class Watched:
@@ -85,7 +87,7 @@ class Watched:
         if z.ndim == 0 or z.shape[0] != recorder.batch:
             raise ModelError(
                 "the model's forward pass", f"outputs of shape {list(z.shape)} for {recorder.batch} examples",
-                f"[{recorder.batch}, ...]", why="examples lie along axis 0 of inputs and outputs",
+                f"[{recorder.batch}, ...]", why="examples lie along axis 0 of inputs and outputs", try_=UNBATCHED,
             )  # fmt: skip
         proven = recorder.proves(z)
         outside_rules = frozenset(recorder.outside_rules)
