@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
-from fisherkit.arguments import check_choice
+from fisherkit.arguments import check_choice, check_count
 from fisherkit.arithmetic import without_autocast
 from fisherkit.build import Builder, BuildPlan, Built, PartsFile
 from fisherkit.coverage import Coverage
