@@ -158,17 +158,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--epochs", type=int, help="of each run (default: the task's own)")
     add("--report", action="store_true", help="run nothing: print what is there")
     add("--times", action="store_true", help="also processor times; measure them on a machine that does nothing else")
-    add("--docs", action="store_true", help="also write the tables into the docs' page")
+    add("--docs", action="store_true", help="also write each table into its place in the docs' page")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.tasks if not options.report else ():
         run(options.out, name, options.methods, options.epochs)
     there = [name for name in options.tasks if any(options.out.glob(f"{name}-*.json"))]
-    body = "\n\n".join(table(options.out, name, options.times) for name in there)
-    print(body)
-    if options.docs:
-        fill(PAGE, "optimizers", body)
+    tables = {name: table(options.out, name, options.times) for name in there}
+    print(*tables.values(), sep="\n\n")
+    for name, body in tables.items() if options.docs else ():
+        fill(PAGE, f"optimizers-{name}", body)
 
 
 if __name__ == "__main__":
