@@ -87,6 +87,32 @@ def test_merge__output_damping_mixes_in_the_average_over_outputs(name, ratio) ->
     check(result, expected, space)
 
 
+def _ratio_of_outputs(matrix: torch.Tensor) -> float:
+    """O tr(G²) / tr(G)² of a layer's matrix over its weight [3, 4] and bias [3], by the sum over inputs."""
+    places = torch.cat([torch.arange(12).reshape(3, 4), torch.arange(12, 15).reshape(3, 1)], 1)
+    partial = sum(matrix[own][:, own] for own in places.mT)
+    return 3 * float(partial.square().sum()) / float(partial.trace()) ** 2
+
+
+@pytest.mark.parametrize("name", ["kronecker", "three_kroneckers"])
+def test_merge__default_output_damping_is_of_each_gradient_factor(name: str) -> None:
+    pairs = mc.STRUCTURES[name]()
+    space, count = pairs[0][0].space, len(pairs)
+    models, mixed = mc.states(space, count), []
+    for matrix in mc.matrices(pairs):
+        ratio = _ratio_of_outputs(matrix)
+        mixed.append((matrix + ratio * mc.averaged(matrix, 4, 3, True, False)) / (1 + ratio))
+    result = merge(models, mc.operators(pairs), damping=1e-3, normalize=None, output_damping=None)
+    check(result, mc.brute_force(models, mixed, space, [1 / count] * count, 1e-3), space)
+
+
+def test_merge__default_output_damping_is_3_without_gradient_factors() -> None:
+    pairs = mc.STRUCTURES["diagonal"]()
+    models = mc.states(pairs[0][0].space, 2)
+    result, three = (merge(models, mc.operators(pairs), output_damping=ratio) for ratio in (None, 3.0))
+    assert all(torch.equal(result[name], three[name]) for name in result)
+
+
 @pytest.mark.parametrize("center", ["average", "other"])
 @pytest.mark.parametrize("name", ["kronecker", "kronecker_transposed", "eigen_kronecker"])
 def test_merge__says_how_far_outputs_move_beside_the_plain_average(name, center) -> None:
@@ -361,7 +387,7 @@ def test_merge__defaults_are_those_of_the_documentation() -> None:
     pairs = mc.STRUCTURES["kronecker"]()
     models = mc.states(pairs[0][0].space, len(pairs))
     result = fk.merging.merge(models, mc.operators(pairs))
-    settings = {"normalize": "block", "output_damping": 3.0, "damping": fk.RelativeDamping(0.03)}
+    settings = {"normalize": "block", "output_damping": None, "damping": fk.RelativeDamping(0.03)}
     expected = fk.merging.merge(models, mc.operators(pairs), [1 / 2, 1 / 2], center="average", **settings)
     assert all(torch.equal(result[name], expected[name]) for name in result)
 

@@ -10,8 +10,11 @@ from examples.merging.methods import DAMPING, RATIO
 CLOSE = ("--tolerance", "1e-6")
 """Enough for weights in float32."""
 
-DEFAULT = ("--normalize", "block", "--output-damping", f"{RATIO:g}", "--damping", f"{DAMPING:g}", *CLOSE)
-"""The setting that is proposed for everything, spelled out."""
+DEFAULT = ("--normalize", "block", "--damping", f"{DAMPING:g}", *CLOSE)
+"""The setting that is proposed for everything, spelled out but for ρ, which each layer has its own of."""
+
+FIXED = (*DEFAULT, "--output-damping", f"{RATIO:g}")
+"""One ρ for all layers, which is also what diagonals have by default."""
 
 
 KINDS = (
@@ -52,12 +55,14 @@ def _methods() -> dict[str, Method]:
         found[f"RegMean, {shrink:g}"] = Method(("--method", "regmean", "--shrink", f"{shrink:g}"), "kfac")
     for name, kind, likelihood in KINDS:
         found[f"kfac, {name}"] = Method(DEFAULT, "kfac", kind, likelihood)
+    for name, kind, likelihood in KINDS:
+        found[f"kfac, {name}, ρ = {RATIO:g}"] = Method(FIXED, "kfac", kind, likelihood)
     for name, kind, _ in (KINDS[1], KINDS[3]):
         own = ("--method", "layers", "--kind", kind, "--examples", "200")
         found[f"layer after layer, kfac, {name}, 200 texts"] = Method(own, texts=True)
     for name, kind, likelihood in (KINDS[1], KINDS[3]):
         found[f"kfac, {name}, as it is"] = Method(plain, "kfac", kind, likelihood)
-        found[f"diagonal, {name}"] = Method(DEFAULT, "diagonal", kind, likelihood)
+        found[f"diagonal, {name}"] = Method(FIXED, "diagonal", kind, likelihood)
         found[f"diagonal, {name}, as it is"] = Method(plain, "diagonal", kind, likelihood)
     return found
 

@@ -44,7 +44,6 @@ from fisherkit.memory import readable
 from fisherkit.merging import MergePolicy
 from fisherkit.merging.blocks import expected_seconds
 from fisherkit.merging.export import beside_weights, copy_beside
-from fisherkit.merging.merge import DEFAULT_OUTPUT_DAMPING
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
 from fisherkit.progress import duration
@@ -121,9 +120,10 @@ class Merge:
         "0.03; layers: 0.01; regmean: 1e-06", min=0,
     )  # fmt: skip
     absolute_damping: bool = option(False, "", "--damping is λ itself.", name="--absolute-damping")
-    output_damping: float = option(
-        DEFAULT_OUTPUT_DAMPING, "ρ", "How much of each Fisher's average over outputs is added.", min=0
-    )
+    output_damping: float | None = option(
+        None, "ρ", "How much of each Fisher's average over outputs is added.",
+        "by each gradient factor; 3 for what has none and for layers", min=0,
+    )  # fmt: skip
     normalize: str = choice("block", "Fishers to one size before merging", ("block", "output", "trace", "norm", "none"))
     center: str = option("average", "PATH", 'Where damping pulls to: "average" or a model.')
     base: Path | None = option(None, "PATH", "For task-arithmetic: the model that all began from.")

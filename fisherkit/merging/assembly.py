@@ -73,7 +73,7 @@ class MergeInfo:
             all models), "tied to NAME" or "skipped".
         normalize: how Fishers were normalized.
         damping: λ, in absolute terms.
-        output_damping: ρ.
+        output_damping: ρ; None for the default, which each layer has its own of.
         blocks: how each block was solved, in the order of solving.
         unverified: numbers of models, from 1, that could not be told to be the ones their Fishers were measured at.
         losses: pairs (s, loss) of what `line_search` tried.
@@ -85,7 +85,7 @@ class MergeInfo:
     names: dict[str, str]
     normalize: str | None = None
     damping: float = 0.0
-    output_damping: float = 0.0
+    output_damping: float | None = 0.0
     blocks: tuple[BlockInfo, ...] = ()
     unverified: tuple[int, ...] = ()
     losses: tuple[tuple[float, float], ...] = ()
@@ -150,7 +150,7 @@ class Job:
     progress: bool
     damping: Damping = 0.0
     normalize: str | None = None
-    output_damping: float = 0.0
+    output_damping: float | None = 0.0
 
     def result(self, entries: Entries, merged: Merged, **info: Any) -> Any:
         """What the public call returns; ``info`` is more of the `MergeInfo`, read when all tensors are computed."""

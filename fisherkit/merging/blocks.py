@@ -38,6 +38,10 @@ BY_BLOCK = ("block", "output")
 """Beside those of whole Fishers. "block": the mean eigenvalue of every block becomes 1; "output": that of the gradient
 factor of a Kronecker product, of the block itself where it is no such product."""
 
+DEFAULT_OUTPUT_DAMPING = 3.0
+"""Of what is no Kronecker product, and of `merge_layers`: between 1 and 30 merges were equally good on small networks
+(docs/results/merging.md)."""
+
 DENSE_SIZE = 3000
 """A matrix without a direct inverse is written out and factored up to this d: d³/3 operations and 24 d² bytes, at most
 a second and 216 MB; above it, conjugate gradients are cheaper."""
@@ -129,7 +133,7 @@ class BlockwiseMerge:
         total: FisherOperator | None = None
         right, outputs = torch.zeros_like(center), list[tuple[FisherOperator, Tensor]]()
         for block, factor, difference in self._terms(names, center, device):
-            operator = factor * mix_with_average(block, self.job.output_damping)
+            operator = factor * mix_with_average(block, self._output_damping(block))
             right += operator.matvec(difference)
             total = operator if total is None else add(total, operator)
             if self._looks_at_outputs(block):
@@ -154,10 +158,19 @@ class BlockwiseMerge:
         )
         return delta
 
+    def _output_damping(self, block: FisherOperator) -> float:
+        """ρ; by default tr(G²)/tr(G) over tr(G)/O: a G of a few directions has a mean the smaller the wider it is."""
+        if self.job.output_damping is not None:
+            return self.job.output_damping
+        if block.factors is None:
+            return DEFAULT_OUTPUT_DAMPING
+        gradient = block.factors[1]
+        return len(gradient) * float((gradient / gradient.trace()).square().sum().nan_to_num())
+
     def _looks_at_outputs(self, block: FisherOperator) -> bool:
         """Whether R says more than I does, and costs no more than the solve."""
         lone = len(block.space.names) == 1 and len(block.space.shapes[0]) < 2
-        return self.job.call == "merge" and not lone and (block.inversion == "cheap" or self.job.output_damping > 0)
+        return self.job.call == "merge" and not lone and (block.inversion == "cheap" or self.job.output_damping != 0)
 
     def _against_average(
         self, delta: Float[Tensor, "d"], outputs: Sequence[tuple[FisherOperator, Tensor]], factors: Sequence[float]

@@ -25,7 +25,7 @@ from fisherkit.data import Data
 from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
 from fisherkit.kinds import ExactFisher
 from fisherkit.merging.assembly import Job, MergeInfo
-from fisherkit.merging.blocks import BlockwiseMerge, measure
+from fisherkit.merging.blocks import DEFAULT_OUTPUT_DAMPING, BlockwiseMerge, measure
 from fisherkit.merging.fishers import (
     Fisher,
     FisherSource,
@@ -54,9 +54,6 @@ from fisherkit.wrappers import unwrapped
 DEFAULT_DAMPING = RelativeDamping(0.03)
 """Of the mean eigenvalue: directions that no Fisher measured stay at the average."""
 
-DEFAULT_OUTPUT_DAMPING = 3.0
-"""One constant for all: between 1 and 30 the merged models were equally good (docs/results/merging.md)."""
-
 REGMEAN_DAMPING = RelativeDamping(1e-6)
 
 
@@ -68,7 +65,7 @@ def merge(
     damping: Damping = DEFAULT_DAMPING,
     center: str | Model = "average",
     normalize: str | None = "block",
-    output_damping: float = DEFAULT_OUTPUT_DAMPING,
+    output_damping: float | None = None,
     policy: MergePolicy | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -94,7 +91,9 @@ def merge(
             gradient factor; None: as they are, for Fishers of one kind on one scale.
         output_damping: ρ; F_t becomes (F_t + ρR_t) / (1 + ρ), R_t the average of F_t over each layer's outputs. For
             Kronecker products that damps the gradient factor alone; it is what kfac needs to be as good as RegMean. 0
-            for none: then rows stay rows, and diagonals are merged entry by entry.
+            for none: then rows stay rows, and diagonals are merged entry by entry. None: for G ⊗ A with O outputs
+            O tr(G²) / tr(G)², so that what is added to G is tr(G²) / tr(G), its mean eigenvalue in the directions
+            that gradients have, however many outputs there are; 3 for everything else.
         policy: what is allowed where models or Fishers leave a choice, and how blocks are solved: see `MergePolicy`. By
             default whatever cannot be merged is refused by name.
         out: write safetensors there instead of returning tensors: a folder (``model.safetensors``), or a file's name.
@@ -118,7 +117,8 @@ def merge(
         for small sums, and T (O + I) d a step of conjugate gradients for Kronecker products of T layers O × I.
     """
     call = "merge"
-    output_damping = check_number(call, "output_damping", output_damping)
+    if output_damping is not None:
+        output_damping = check_number(call, "output_damping", output_damping)
     given = open_models(models, call)
     sources = open_fishers(fishers, given, call)
     job = Job(
