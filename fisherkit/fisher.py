@@ -62,7 +62,8 @@ class FisherApproximation(ForwardingOperator):
             checksum of each batch is compared.
         kind: which vectors: "ef", "ief", "sf", "exact" or "truncated", with a setting after a colon ("ief:0.5" power,
             "sf:4" draws, "truncated:3" rank, "truncated:0.01" tolerance), or an `OutputRule`, the built-in ones of
-            `fisherkit.vectors` or one of your own. `EmpiricalFisher` and its like fill it in.
+            `fisherkit.vectors` or one of your own. `EmpiricalFisher` and its like fill it in. Settings may also be
+            ``options`` by their names: ``power=``, ``draws=``, ``seed=``, ``rank=``, ``tolerance=``.
         likelihood: the loss module that you train with, as ``nn.CrossEntropyLoss(...)``, or a name, "categorical",
             "gaussian", "bernoulli" or "poisson", or an object of `fisherkit.likelihoods`.
         structure: of `fisherkit.structures`, by name: "full", "block", "diagonal", "kfac", "ekfac", "nkp", or your own.
@@ -145,6 +146,7 @@ class FisherApproximation(ForwardingOperator):
         dtype: torch.dtype | None = None,
         group: Group = None,
         shard: bool = False,
+        **options: Any,
     ) -> None:
         arguments = dict(locals())
         asked = _Asked.of(type(self).__name__, arguments)
@@ -287,7 +289,7 @@ def _checked(call: str, o: SimpleNamespace) -> tuple[type[Structure], int | None
             why="a Fisher does not say its vectors itself: its kind does",
             try_="class MyKind(fk.OutputRule), and fk.FisherApproximation(model, data, MyKind())",
         )  # fmt: skip
-    rule = rule_of(o.kind, call=call)
+    rule = rule_of(o.kind, call=call, options=o.options)
     if o.generator is not None and rule.random:
         drawn = torch.randint(1 << 62, (1,), generator=o.generator, device=o.generator.device)
         rule = rule.with_seed(int(drawn))

@@ -25,7 +25,7 @@ class EmpiricalFisher(FisherApproximation):
     """
 
     def __init__(self, model: nn.Module, data: Data, **options: Any) -> None:
-        super().__init__(model, data, EmpiricalVectors(), **options)
+        super().__init__(model, data, "ef", **options)
 
 
 class ImprovedEmpiricalFisher(FisherApproximation):
@@ -41,7 +41,7 @@ class ImprovedEmpiricalFisher(FisherApproximation):
     """
 
     def __init__(self, model: nn.Module, data: Data, *, power: float = 1.0, **options: Any) -> None:
-        super().__init__(model, data, ImprovedVectors(power), **options)
+        super().__init__(model, data, "ief", power=power, **options)
 
 
 class SampledFisher(FisherApproximation):
@@ -58,7 +58,7 @@ class SampledFisher(FisherApproximation):
     """
 
     def __init__(self, model: nn.Module, data: Data, *, draws: int = 1, seed: int = 0, **options: Any) -> None:
-        super().__init__(model, data, SampledVectors(draws, seed), **options)
+        super().__init__(model, data, "sf", draws=draws, seed=seed, **options)
 
     @property
     def seed(self) -> int:
@@ -78,7 +78,7 @@ class ExactFisher(FisherApproximation):
     """
 
     def __init__(self, model: nn.Module, data: Data, **options: Any) -> None:
-        super().__init__(model, data, ExactVectors(), **options)
+        super().__init__(model, data, "exact", **options)
 
 
 class TruncatedFisher(FisherApproximation):
@@ -96,7 +96,7 @@ class TruncatedFisher(FisherApproximation):
     def __init__(
         self, model: nn.Module, data: Data, *, rank: int | None = None, tolerance: float | None = None, **options: Any
     ) -> None:
-        super().__init__(model, data, TruncatedVectors(rank, tolerance), **options)
+        super().__init__(model, data, "truncated", rank=rank, tolerance=tolerance, **options)
 
 
 KINDS: dict[str, type[FisherApproximation]] = {
@@ -114,7 +114,7 @@ def _told(kind: type[FisherApproximation]) -> None:
     base = inspect.signature(FisherApproximation.__init__).parameters
     signature = inspect.signature(kind.__init__)
     own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    shared = [one for name, one in base.items() if name != "kind" and name not in signature.parameters]
+    shared = [p for name, p in base.items() if name not in ("kind", "options", *signature.parameters)]
     kind.__init__.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
     text, whole = kind.__doc__ or "", FisherApproximation.__doc__ or ""
     first, last = whole.find("        likelihood:"), whole.find("    Attributes:")

@@ -202,7 +202,7 @@ def rule_of(
         own = " and ".join(f"{option}=" for option in possible) or "none"
         raise InvalidArgumentError(
             call, f"an argument {named} that it does not have", f"its own, and those of kind={kind!r}: {own}",
-            try_=f"help(fk.optim.{call})",
+            try_=f"help({call})",
         )  # fmt: skip
     if twice := [option for option in options if option in written]:
         raise InvalidArgumentError(call, f"kind={kind!r} and {twice[0]}=", "one of them")

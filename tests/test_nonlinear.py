@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from tests import by_hand
 
 Change = Callable[[Tensor], Tensor]
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -336,3 +337,41 @@ def test_function__that_frees_what_it_has_kept_is_named(kind: str, function: Any
         with pytest.raises(fk.ModelError, match=said):
             F.cross_entropy(model(X), Y).backward()
         optimizer.close()
+
+
+class Gated(Net):
+    """A hook multiplies gradients by what the forward pass kept on the model, which may have it from before."""
+
+    def __init__(self, way: str, before: str) -> None:
+        super().__init__(lambda g: g, "none")
+        self.way = way
+        if before != "nothing":
+            self.gate = None if before == "None" else 1 + torch.rand(int(before), 1, dtype=torch.float64)
+        if way == "module":
+            self.last.register_full_backward_hook(lambda _m, given, _o: (self.gated(given[0]),))
+
+    def gated(self, g: Tensor) -> Tensor:
+        return g if self.gate is None else g * self.gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate = 1 + x[:, :1].detach() ** 2
+        h = self.first(x).tanh()
+        if self.way == "tensor":
+            h.register_hook(self.gated)
+        return self.last(h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+@pytest.mark.parametrize("before", ["nothing", "None", "1", "6"])
+@pytest.mark.parametrize("way", ["tensor", "module"])
+def test_matrix__of_hooks_that_read_what_the_forward_pass_left(
+    way: str, before: str, kind: str, structure: str
+) -> None:
+    torch.manual_seed(0)
+    net = Gated(way, before)
+    kept = net.__dict__.get("gate")
+    found = fk.FisherApproximation(net, (X, Y), kind, structure=structure).to_dense()
+    assert net.__dict__.get("gate") is kept
+    expected = by_hand.fisher(net, (X, Y), kind)
+    torch.testing.assert_close(found, expected if structure == "full" else expected.diag().diag())

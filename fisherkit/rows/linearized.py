@@ -117,6 +117,10 @@ class Linearized:
                 backward pass may let its graph go on the way.
         """
         dtype = self.plan.dtype
+        if self.watched.users and all(self.unruled.intersection(unit.names) for unit in self.plan.ruled):
+            parts = selection.take(self._slow(v.to(self.z.dtype), self.plan.units).to(dtype))
+            slots = zip(self.plan.units, parts.split([unit.numbers for unit in self.plan.units], 1), strict=True)
+            return Rows(self.plan.space, [UnitSlot(unit.names, StoredRows(p)) for unit, p in slots])
         own, gradients, generic, scale = self._pulled(v, known, last)
         arrangements = self._arrangements(own, gradients, known, counting, alone=alone)
         if known is None:
@@ -275,7 +279,9 @@ class Linearized:
         v = torch.stack([-0.5 * last, last])
         try:
             both = torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True, is_grads_batched=True)
-        except RuntimeError:  # an operation without a batching rule
+        except Exception as error:  # an operation without a batching rule, or a hook's own
+            if not (isinstance(error, RuntimeError) or self.watched.users):
+                raise
             return False
         one = torch.autograd.grad(self.z, edges, last, retain_graph=True, allow_unused=True)
         allowed = tolerance(self.z.dtype, self.watched.coarsest)
@@ -311,7 +317,7 @@ class OneByOne:
     def __init__(self, plan: Plan, batch: Batch, *, follow: bool = False) -> None:
         watched = _by_example(plan, batch, follow)
         groups = [list(group) for _, group in itertools.groupby(range(batch.size), key=lambda n: _form(watched[n]))]
-        self.parts = [_Alike(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g]) for g in groups]
+        self.parts = [_Alike(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g], follow) for g in groups]
         self.passes, self.z = watched, torch.cat([part.z for part in self.parts])
 
     @property
@@ -373,9 +379,9 @@ def _stacked(parts: Sequence[Bool[Tensor, "b t"] | None]) -> Bool[Tensor, "B T"]
 class _Alike(Linearized):
     """Neighbouring examples whose passes, one an example, use parameters in the same way."""
 
-    def __init__(self, plan: Plan, batch: Batch, passes: Sequence[Watched]) -> None:
+    def __init__(self, plan: Plan, batch: Batch, passes: Sequence[Watched], follow: bool) -> None:
         super().__init__(plan, batch, _together(passes))
-        self.passes = passes
+        self.passes, self.follow = passes, follow
 
     def replanned(self) -> Plan:
         found = Linearized(self.plan, self.batch.take(slice(0, 1)), self.passes[0])
@@ -416,6 +422,8 @@ class _Alike(Linearized):
         arrived: list[list[tuple[Tensor | None, ...]]] = []
         for k, n in itertools.product(range(len(v)), range(len(self.passes))):
             one = self.passes[n]
+            if one.users:  # whose functions may read what this example's pass, the last one then, left on the model
+                (one,) = _by_example(self.plan, self.batch.take(slice(n, n + 1)), self.follow)
             found = pulled_back(one.z, [*one.edges, *generic], v[k, n : n + 1])
             own = [dense_gradient(p, g).flatten() for p, g in zip(generic, found[len(one.uses) :], strict=True)]
             torch.cat(own, out=rows[k, n])

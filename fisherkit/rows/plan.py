@@ -244,13 +244,14 @@ class Plan(Findings):
         return tuple(self.space.joined_blocks(unit.names for unit in self.units))
 
     def refuse_nonlinear_here(
-        self, seen: Watched, call: str, names: Collection[str] | None = None, try_: str = OF_GRADIENTS
-    ) -> None:
+        self, seen: Watched, call: str, names: Collection[str] | None = None, try_: str = OF_GRADIENTS,
+        batch: Batch | None = None,
+    ) -> None:  # fmt: skip
         """As `refuse_nonlinear`, by the examples of a batch, where functions and hooks that are known may do otherwise.
 
-        Cost: none where there are neither functions nor hooks of users, else four backward passes.
+        Cost: none where there are neither functions nor hooks of users, else that of `nonlinear`.
         """
-        replace(self, nonlinear=self.nonlinear | nonlinear(self, seen)).refuse_nonlinear(call, names, try_)
+        replace(self, nonlinear=self.nonlinear | nonlinear(self, seen, batch)).refuse_nonlinear(call, names, try_)
 
     def refuse_nonlinear(self, call: str, names: Collection[str] | None = None, try_: str = OF_GRADIENTS) -> None:
         """Refuse rows of other vectors, or multiples of vectors, than autograd itself is given.
@@ -332,7 +333,7 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
         generic = _numbers_without_rule(units)
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
-            custom=watched.custom, nonlinear=nonlinear(plan, watched),
+            custom=watched.custom, nonlinear=nonlinear(plan, watched, probe),
             tried=Tried(seen={("numbers", numbers)} if numbers == watched.numbers else set()),
             numbers_per_example=z.numel() // probe.size + sum(outputs.values()) + generic + (kept if generic else 0),
             largest=max([1, *outputs.values()]),
@@ -464,13 +465,16 @@ class _Reference:
         return bool(torch.stack(errors).norm() <= self.tolerance * torch.maximum(own, 1e-3 * self.scale))
 
 
-def nonlinear(plan: Plan, watched: Watched) -> frozenset[str]:
+def nonlinear(plan: Plan, watched: Watched, batch: Batch | None) -> frozenset[str]:
     """The parameters whose gradients do not follow a sum of multiples of output vectors, as clipped ones do not.
 
-    Cost: none where the graph has neither functions nor hooks of users; else four backward passes of what was watched.
+    Of what was watched, or of its ``batch`` in a pass of its own: what that left on the model, hooks may read.
+
+    Cost: none where the graph has neither functions nor hooks of users; else four backward passes, each of a forward
+    pass of its own if there is a batch.
     """
-    own, z = plan.parameters, watched.z
-    if not (watched.hooked or watched.custom or any(p._backward_hooks for p in own.values())):
+    own, z = plan.parameters, watched.z.detach()
+    if not (watched.users or any(p._backward_hooks for p in own.values())):
         return frozenset()
     drawn, examples = torch.Generator(z.device).manual_seed(1), torch.arange(len(z), device=z.device)
     v = torch.randn(3, *z.shape, generator=drawn, dtype=at_least_single(z.dtype), device=z.device)
@@ -480,7 +484,8 @@ def nonlinear(plan: Plan, watched: Watched) -> frozenset[str]:
 
     def back(vector: Tensor, scale: float = usual) -> list[Tensor]:
         with plan.quiet():  # functions may draw
-            grads = pulled_back(z, list(own.values()), (vector * scale).to(z))
+            outputs = watched.z if batch is None else batch.call(plan.model)
+            grads = pulled_back(outputs, list(own.values()), (vector * scale).to(z))
         found = [dense_gradient(p, g) / scale for p, g in zip(own.values(), grads, strict=True)]
         overflows = abs(scale) > 1 and not all_finite(*found)  # in half precision that no forward pass shows
         return back(vector, scale / 16) if overflows else found

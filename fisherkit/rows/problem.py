@@ -479,9 +479,10 @@ class Problem:
 
     def _piece(self, size: int) -> int:
         """Examples in each of the pieces, of about the same size, that a batch of that size is cut into."""
-        one, most = self.plan.numbers_per_example, self._most(size * self.plan.numbers_per_example)
-        step = max(1, self._room(most) // one) if self.chunk_size is None else self.chunk_size
-        step = max(1, min(step, LAYER // self.plan.largest)) if most == GRAPH and self.chunk_size is None else step
+        one = self.plan.numbers_per_example
+        room = self._room(size * one, 4 * TILE)
+        step = max(1, room // one) if self.chunk_size is None else self.chunk_size
+        step = max(1, min(step, LAYER // self.plan.largest)) if room <= GRAPH and self.chunk_size is None else step
         step = step if self.most_examples is None else min(step, self.most_examples)
         step = min(step, MOST) if self.plan.looped else step
         step = min(step, max(1, TILE // (self.vectors_per_example * self.head))) if self.head else step
@@ -508,12 +509,12 @@ class Problem:
     def _judge(self, batch: Batch, start: int, seen: Watched, call: str, *, gradients: bool = True) -> bool:
         """Refuse examples that influence each other; whether their gradients are their own, if that is asked."""
         self.company.refuse_influence(self.plan, batch, start, seen, call)
-        self._refuse_nonlinear([seen], call)
+        self._refuse_nonlinear([seen], [batch], call)
         return not gradients or self.company.has_own_gradients(self.plan, batch, start, seen)
 
-    def _refuse_nonlinear(self, passes: Iterable[Watched], call: str) -> None:
-        for seen in passes if not self.kind.along_gradient else ():
-            self.plan.refuse_nonlinear_here(seen, call)
+    def _refuse_nonlinear(self, passes: Sequence[Watched], batches: Iterable[Batch], call: str) -> None:
+        for seen, batch in zip(passes, batches, strict=True) if not self.kind.along_gradient else ():
+            self.plan.refuse_nonlinear_here(seen, call, batch=batch)
 
     def _micro(self, batch: Batch, start: int, call: str, *, in_company: bool) -> Iterator[Chunk]:
         assumed = self.plan.probe.assumed
@@ -526,7 +527,7 @@ class Problem:
             raise BetterPlanError(self.plan, True, batch)
         outputs, counts = self._outputs(batch, linearized.z, start, call)
         if isinstance(linearized, OneByOne):
-            self._refuse_nonlinear(linearized.passes, call)
+            self._refuse_nonlinear(linearized.passes, (batch.take(slice(n, n + 1)) for n in range(batch.size)), call)
         elif in_company and not self._judge(batch, start, linearized.watched, call):  # rows go the slow exact way
             linearized.unruled.update(name for unit in self.plan.ruled for name in unit.names)
         known = self.rowless and isinstance(linearized, Linearized) and not linearized.unruled
@@ -537,7 +538,7 @@ class Problem:
             return
         linearized, batch, slots, head = self._prepared(linearized, batch, outputs, counts)
         one = linearized.numbers_per_vector
-        step = max(1, min(self._room(self._most(slots.number * one)), TILE) // one)
+        step = max(1, self._room(slots.number * one, TILE) // one)
         if self.chunk_size is not None:
             step = max(1, self.chunk_size // batch.size)
 
@@ -580,16 +581,12 @@ class Problem:
             return linearized, batch, Slots.of(outputs, self.kind, self.token, counts), None
         return head.below, batch, head.slots(counts), head
 
-    def _most(self, entries: int) -> int:
-        """Entries that a pass holds at best, of so many in all; rows that are kept are copied, and must be few."""
-        if self.plan.example_parameter.device.type != "cpu":
-            return 4 * TILE  # others want large products
-        one = self.plan.numbers_per_example
-        few = entries > GRAPH and (self.summed or self.row_numbers(self.plan.space.slices) < one)
-        return GRAPH if few else TILE
-
-    def _room(self, most: int) -> int:
-        """Entries that a pass may hold."""
+    def _room(self, entries: int, most: int) -> int:
+        """How many of so many entries a pass may hold: of pieces, rows that are kept are copied, and must be few."""
+        if self.plan.example_parameter.device.type == "cpu":  # others want large products
+            one = self.plan.numbers_per_example
+            few = entries > GRAPH and (self.summed or self.row_numbers(self.plan.space.slices) < one)
+            most = GRAPH if few else TILE
         if self.budget is None:
             return most
         item = torch.finfo(self.plan.example_parameter.dtype).bits // 8

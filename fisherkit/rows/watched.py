@@ -141,6 +141,11 @@ class Watched:
         """Names of the autograd functions written in Python in the graph."""
         return custom_functions(self.graph)
 
+    @property
+    def users(self) -> bool:
+        """Whether functions or hooks of users may change gradients, in one batch and not in another."""
+        return self.hooked or bool(self.custom)
+
     @cached_property
     def graph(self) -> dict[Node, Sequence[Node]]:
         """The nodes of the outputs' graph, each with those that follow it."""
