@@ -573,7 +573,7 @@ def model_device(
 
 
 def _map_ends(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """A function of every tensor or other end of nested mappings, lists, tuples and dataclasses, of the same types."""
+    """A function of every tensor or other end of nested mappings, lists, tuples and dataclasses, as such."""
     if isinstance(tree, (list, tuple)):
         values = [_map_ends(value, function) for value in tree]
         if hasattr(tree, "_fields"):
@@ -614,7 +614,7 @@ def _is_dataclass(tree: Any) -> bool:
 
 
 def _fields_of(tree: Any, *, kept: bool = False) -> dict[Any, Any]:
-    """The fields of a mapping, a named tuple or a dataclass, and what else that has ``kept``, as made of its fields."""
+    """The fields of a mapping, a named tuple or a dataclass; if ``kept``, with all other attributes of the last."""
     if isinstance(tree, Mapping):
         return dict(tree)
     if hasattr(tree, "_fields"):

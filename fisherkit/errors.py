@@ -58,7 +58,7 @@ class FisherkitError(Exception):
         return type(self)(call=call, got=self.got, expected=self.expected, why=self.why, try_=self.try_)
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return str(self.args[0])  # KeyError and its kin would quote it
 
 
 class InvalidArgumentError(FisherkitError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -174,16 +175,14 @@ class OfLarge(Net):
 
 
 @pytest.mark.parametrize("structure", ["full", "kfac", "diagonal"])
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("way", WAYS)
+# But for the largest entry of one example's δxᵀ, which is linear in it.
+@pytest.mark.parametrize(("way", "change"), [p for p in product(WAYS, CHANGES) if p != ("parameter", "largest")])
 def test_matrix__of_a_change_that_only_later_examples_meet(way: str, change: str, structure: str) -> None:
     kind = list(KINDS.values())[len(way + change) % 3]
     net = OfLarge(lambda g: CHANGES[change](g) if net.large else g, way)
     x = torch.cat([X, X])
     kind(net, [(x, Y.repeat(2))], structure=structure)
     x[7:] *= 100
-    if (way, change) == ("parameter", "largest"):
-        return  # which is linear in one example's δxᵀ
     for data in ([(x, Y.repeat(2))], [(X, Y), (x[6:], Y)], [(x[:3], Y[:3]), *((one[None], Y[:1]) for one in x[6:])]):
         with pytest.raises(fk.ModelError, match=r"data, batch .* not linear"):
             kind(net, data, structure=structure)

@@ -79,7 +79,8 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         max_rank: leading eigenpairs of a Kronecker factor that are kept; all others get their mean eigenvalue. Makes
             wide layers cheap, and the inverse approximate. None for all.
         group: the processes whose batches a step is made of, as for `fisherkit.FisherApproximation`; for models that
-            `DistributedDataParallel` or `fully_shard` trains, whose gradients are the mean over processes.
+            `DistributedDataParallel` or `fully_shard` trains, whose gradients are the mean over processes. All of
+            them make the optimizer, or pass False.
         options: of the kind: ``power=`` (ief), ``draws=, seed=`` (sf), ``rank=`` or ``tolerance=`` (truncated).
 
     Raises:

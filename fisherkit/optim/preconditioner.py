@@ -31,6 +31,7 @@ USUAL: dict[str, Any] = {
 }  # fmt: skip
 """Of layers' structures where no damping is passed."""
 PLAIN: dict[str, Any] = {"gradient_momentum": 0.0, "layer_rms": None, "update_every": 1, "refresh_every": 1}
+"""Of all others."""
 
 
 class Preconditioner(Watching):
@@ -82,7 +83,8 @@ class Preconditioner(Watching):
         kfac_positions: "expand" or "reduce".
         max_rank: leading eigenpairs of a Kronecker factor that are kept; None for all.
         group: the processes whose batches a step is made of, as for `fisherkit.FisherApproximation`; for models that
-            `DistributedDataParallel` or `fully_shard` trains, whose gradients are the mean over processes.
+            `DistributedDataParallel` or `fully_shard` trains, whose gradients are the mean over processes. All of
+            them make the optimizer, or pass False.
         options: of the kind.
 
     Raises:

@@ -36,8 +36,8 @@ from fisherkit.space import ParameterSpace
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative difference that rounding explains between two ways to the same gradient; 5e-2 for half precision."""
 
-
 OF_GRADIENTS = 'a Fisher of kind "ef" or "ief" in float32 or float64, whose rows are what autograd gives for the loss'
+"""What a Fisher can try where gradients are not linear in the outputs'."""
 
 LARGE = 1 << 20
 """Outputs that are not copied as a whole to be compared."""

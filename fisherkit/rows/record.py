@@ -480,10 +480,11 @@ class Still(TorchFunctionMode):
     ) -> Any:
         """Run the function, where it can be, without its chance."""
         kwargs = kwargs or {}
-        place, name, value = _IN_TRAINING.get(func, (6 + is_packed(args), "", False))
+        recurrent = drops_out(func, args)
+        place, name, value = _IN_TRAINING.get(func, (6 + is_packed(args) if recurrent else 0, "", False))
         if func is F.batch_norm and args[1] is None:
             return func(*args, **kwargs)  # which has no statistics but the batch's
-        if drops_out(func, args) or (name and len(args) > place):
+        if recurrent or (name and len(args) > place):
             args = (*args[:place], value, *args[place + 1 :])
         elif name:
             kwargs = {**kwargs, name: value}

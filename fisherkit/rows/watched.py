@@ -32,6 +32,7 @@ from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
 
 UNBATCHED = "x.unsqueeze(0), if that is one example; optimizer.paused() or no_grad() around calls that lead to no step"
+"""What to try where outputs have no batch axis."""
 
 
 @dataclass(frozen=True, eq=False)
