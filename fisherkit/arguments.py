@@ -5,6 +5,7 @@ Owns their words, so that the same mistake reads the same everywhere. Imports no
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -55,11 +56,8 @@ def check_number(
     return value if integer else float(value)
 
 
-def check_count(call: str, name: str, value: Any, *, most: float = math.inf, optional: bool = False) -> Any:
-    """An integer from 1 on, or None where that is allowed; see `check_number`."""
-    if value is not None or not optional:
-        check_number(call, name, value, least=1, most=most, integer=True, optional=optional)
-    return value
+check_count = functools.partial(check_number, least=1, integer=True)
+"""An integer from 1 on, or None where that is allowed; see `check_number`."""
 
 
 def check_type(call: str, name: str, value: object, wanted: Any, expected: str, **advice: str) -> None:

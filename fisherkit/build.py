@@ -215,7 +215,7 @@ class Builder:
         if self.shards == 1:
             return blocks
         # About the operations of a decomposition, and the more of them, the more bytes.
-        costs = {names: block.nbytes**1.5 for names, block in blocks.items() if block.together is None}
+        costs = {names: block.nbytes**1.5 for names, block in blocks.items() if block.together.size == 1}
         owner = self.processes.owners(costs, load)
         return {
             names: block
@@ -229,7 +229,7 @@ class Builder:
         if self.shards == 1:
             return BlockDiagonalOperator(space, list(ordered.values()))
         device, dtype = self.problem.plan.example_parameter.device, self.problem.plan.dtype
-        common = {names: block for names, block in ordered.items() if block.together is not None}
+        common = {names: block for names, block in ordered.items() if block.together.size > 1}
         own = {names: block for names, block in ordered.items() if names not in common}
         rest = space.restrict(n for n in space.names if not any(n in names for names in common))
         parts = [ShardedOperator.of(rest, own, self.processes, dtype=dtype, device=device)] if rest.names else []

@@ -129,7 +129,7 @@ def lanczos_logdet(
         Scalars. Cost: samples · steps products with F, in batches of columns; ``steps`` vectors [D] for each column.
 
     Raises:
-        InvalidArgumentError: an argument out of range, or a clearly negative eigenvalue.
+        InvalidTypeError, InvalidArgumentError: an argument that does not fit, or a clearly negative eigenvalue.
     """
     why = "products alone do not tell whether F is singular, and then log det F = -inf"
 
@@ -158,7 +158,7 @@ def lanczos_effective_dimension(
         Scalars. Cost: that of `lanczos_logdet`.
 
     Raises:
-        InvalidArgumentError: an argument out of range, or a clearly negative eigenvalue.
+        InvalidTypeError, InvalidArgumentError: an argument that does not fit, or a clearly negative eigenvalue.
     """
     why = "at λ = 0 it is the rank of F, which products alone do not tell"
     return _damped_sum(

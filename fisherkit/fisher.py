@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisherkit import io, likelihoods
 from fisherkit._version import __version__
-from fisherkit.arguments import check_choice, check_count
+from fisherkit.arguments import check_choice, check_count, check_type
 from fisherkit.arithmetic import without_autocast
 from fisherkit.build import Builder, BuildPlan, Built, PartsFile
 from fisherkit.coverage import Coverage
@@ -222,7 +222,7 @@ class _Asked(NamedTuple):
     def of(cls, call: str, arguments: Mapping[str, Any]) -> _Asked:
         """Check all arguments of `FisherApproximation`, by name, and find out how the model's rows are made."""
         o = SimpleNamespace(**arguments)
-        processes = Processes.of(o.group, torch.device("cpu"), call)
+        processes = Processes.of(o.group, call)
         alone = processes.size == 1
         chosen, budget, rule = _checked(call, o) if alone else processes.each(call, lambda: _checked(call, o))
         model, params = within_wrappers(o.model, o.params)
@@ -238,7 +238,7 @@ class _Asked(NamedTuple):
         if alone:
             plan = plan_of(model, space, source, assume=True, own=own)
         else:
-            processes.device = device
+            processes = processes.on(device)
             settings = ("structure", "example", "normalization", "kfac_positions", "max_rows", "storage", "shard")
             processes.require_same(call, lambda: {
                 "parameters": space.names, "dtype": dtype, "weights": hashes()[0], "likelihood": resolved.recorded,
@@ -281,8 +281,8 @@ def _checked(call: str, o: SimpleNamespace) -> tuple[type[Structure], int | None
     for name, value in (("chunk_size", o.chunk_size), ("memory_budget", budget), ("max_rows", o.max_rows)):
         check_count(call, name, value, optional=True)
     _refuse_unfit(call, o, chosen)
-    if o.generator is not None and not isinstance(o.generator, torch.Generator):
-        raise InvalidTypeError(call, f"a {type(o.generator).__name__} as generator", "a torch.Generator or None")
+    if o.generator is not None:
+        check_type(call, "generator", o.generator, torch.Generator, "a torch.Generator or None")
     if o.kind is None:
         raise InvalidTypeError(
             call, "no kind", 'one such as "exact", or an fk.OutputRule',

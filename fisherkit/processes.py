@@ -38,12 +38,12 @@ class Processes:
     Without arguments this process alone, which exchanges nothing: what is everyone's is then its own.
     """
 
-    def __init__(self, group: Group = False, device: torch.device | None = None) -> None:
+    def __init__(self, group: Group = False, device: torch.device = CPU) -> None:
         self.group, self.device = group, device
         self.rank, self.size = (0, 1) if group is False else (dist.get_rank(group), dist.get_world_size(group))
 
     @classmethod
-    def of(cls, group: Group, device: torch.device, call: str) -> Processes:
+    def of(cls, group: Group, call: str, device: torch.device = CPU) -> Processes:
         """Those of a group. A group that this process is not in is refused."""
         if group is False or not (dist.is_available() and dist.is_initialized()):
             if group not in (None, False):
@@ -58,6 +58,10 @@ class Processes:
                 "for the default group, or False for this process alone",
             )  # fmt: skip
         return cls(group, device) if dist.get_world_size(group) > 1 else ALONE
+
+    def on(self, device: torch.device) -> Processes:
+        """The same, whose tensors travel on another device."""
+        return self if self.size == 1 else Processes(self.group, device)
 
     # -- exchanges; every process of the group must come to the same ones in the same order ----------------------------
 
@@ -235,7 +239,7 @@ def in_all(call: str) -> Callable[[F], F]:
     def decorated(init: F) -> F:
         @functools.wraps(init)
         def made(self: Any, *args: Any, **options: Any) -> None:
-            processes = Processes.of(options.get("group"), CPU, call)
+            processes = Processes.of(options.get("group"), call)
             processes.each(call, lambda: init(self, *args, **options))
 
         return cast(F, made)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fisherkit.arguments import check_type
 from fisherkit.arithmetic import HALF, all_finite
 from fisherkit.errors import (
     InvalidArgumentError,
@@ -63,8 +64,7 @@ class ParameterSpace:
             InvalidTypeError: neither names nor a predicate.
             ModelError: parameters that have no values yet.
         """
-        if not isinstance(model, nn.Module):
-            raise InvalidTypeError("ParameterSpace.of", f"a {type(model).__name__} as model", "a torch.nn.Module")
+        check_type("ParameterSpace.of", "model", model, nn.Module, "a torch.nn.Module")
         return cls.among(dict(model.named_parameters()), params)
 
     @classmethod
@@ -224,8 +224,7 @@ class ParameterSpace:
             UnknownParameterError: names missing or unknown.
             InvalidArgumentError: a wrong shape, or axes K that differ.
         """
-        if not isinstance(tensors, Mapping):
-            raise InvalidTypeError("space.flatten", f"a {type(tensors).__name__}", "a dict name -> tensor")
+        check_type("space.flatten", "", tensors, Mapping, "a dict name -> tensor")
         short = matching(tensors, self.names)
         tensors = {short[name]: tensor for name, tensor in tensors.items()}
         missing, extra = set(self.names) - set(tensors), set(tensors) - set(self.names)
@@ -326,8 +325,7 @@ class ParameterSpace:
             raise InvalidArgumentError(call, f"tensors of {devices}", "one device", why=why)
 
     def _check_flat(self, vector: Tensor, call: str) -> None:
-        if not isinstance(vector, Tensor):
-            raise InvalidTypeError(call, f"a {type(vector).__name__}", "a tensor [D] or [D, K]", try_="torch.as_tensor")
+        check_type(call, "", vector, Tensor, "a tensor [D] or [D, K]", try_="torch.as_tensor")
         if vector.ndim not in (1, 2) or vector.shape[0] != self.size:
             raise InvalidArgumentError(
                 call, f"shape {list(vector.shape)}", f"[D] or [D, K] with D = {self.size:,}",

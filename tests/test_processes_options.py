@@ -121,6 +121,13 @@ CASES: dict[str, tuple[Callable[[int, str], Any], str]] = {
             ("relative", lambda f, v, r: f.factorize(0.1 if r else fk.RelativeDamping(0.1)), "another damping"),
             ("a vector", lambda f, v, r: f.matvec(v / (1 - r)), "NaN or infinite"),
             ("a short vector", lambda f, v, r: f.matvec(v[r:]), "shape"),
+            ("no eigenvalues", lambda f, _, r: f.eigenvalues(0 if r else None), "k=0"),
+            ("text eigenvectors", lambda f, _, r: f.eigenvectors("2" if r else 2), "k of type str"),
+            ("a multiple of text", lambda f, _, r: f * ("x" if r else 2.0), "scale of type str"),
+            ("a negative multiple", lambda f, _, r: f * (1.0 - 2.0 * r), "scale=-1.0"),
+            ("a part", lambda f, _, r: f / (1.0 - r), "divisor"),
+            ("no draws", lambda f, _, r: f.factorize(0.1).sample(None, 1 - r), "n=0"),
+            ("draws by seed", lambda f, _, r: f.factorize(0.1).sample(0 if r else None), "a int as generator"),
         )
     },
     "eigenvalues": (lambda r, _: ask(r, "kfac", lambda f, v, r: f.eigenvalues(2 + r)), "something else"),
@@ -157,3 +164,7 @@ def test_an_option__of_one_process_alone_is_an_error_in_all(found: Any, name: st
     assert CASES[name][1] in first, first
     assert second != "nothing"
     assert waited < SOON
+
+
+def test_prepare__in_memory_names_no_folder(found: Any) -> None:
+    assert found[0]["by"][0].startswith("ProcessError: prepare: "), found[0]["by"]

@@ -75,8 +75,8 @@ def test_rule__is_recorded_and_may_be_an_object() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (("ief", 0.0), fk.InvalidArgumentError, "a positive number"),
-        (("ief", float("inf")), fk.InvalidArgumentError, "a positive number"),
+        (("ief", 0.0), fk.InvalidArgumentError, "a finite number above 0"),
+        (("ief", float("inf")), fk.InvalidArgumentError, "a finite number above 0"),
         (("ief", "much"), fk.InvalidTypeError, "row_damping of type str"),
         (("newton", 0.1), fk.InvalidArgumentError, "kind='newton'"),
     ],

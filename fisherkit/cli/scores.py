@@ -328,7 +328,7 @@ class Subject:
 
     def share(self) -> Share:
         """The training batches of this process, which are neighbours."""
-        processes = Processes.of(None, next(self.model.parameters()).device, CALL)
+        processes = Processes.of(None, CALL, next(self.model.parameters()).device)
         ends = [0, *accumulate(batch.size for _, batch in self.numbered("train"))]
         batches, examples = len(ends) - 1, ends[-1]
         if processes.size == 1:

@@ -22,7 +22,6 @@ from fisherkit.data import Data
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from fisherkit.influence.approximations import ApproximateScores, LowRankQueries, compressed_groups
 from fisherkit.influence.blocks import (
-    CALL,
     MOST,
     KeptBlocks,
     LiveBlocks,
@@ -164,7 +163,7 @@ class InfluenceScores:
         """
         # Whole rows in memory are made without the others.
         alone = all(one is None for one in (compress, most_error, queries, folder))
-        processes = ALONE if alone else Processes.of(group, self._model_rows.device, "prepare")
+        processes = ALONE if alone else Processes.of(group, "prepare", self._model_rows.device)
 
         def begun() -> Path | None:
             check_choice("prepare", "by", by, (None, "token"))
@@ -181,14 +180,14 @@ class InfluenceScores:
             self._model_rows.begin()
             return None if folder is None else io.as_path(folder, "prepare(folder)")
 
-        path = processes.each(CALL, begun)
+        path = processes.each("prepare", begun)
         if processes.size > 1:
             asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
-            told = processes.each(CALL, lambda: None if queries is None else self._model_rows.digest(queries))
+            told = processes.each("prepare", lambda: None if queries is None else self._model_rows.digest(queries))
             asked |= {"queries": told, "folder": "None" if folder is None else "a path"}
             processes.require_same("prepare", lambda: self._model_rows.settings(token=by == "token") | asked)
-        live = processes.each(CALL, lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
-        live.set_written_out(processes.by_first(CALL, lambda: live.written_out))
+        live = processes.each("prepare", lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
+        live.set_written_out(processes.by_first("prepare", lambda: live.written_out))
         largest = live.limit
         if compress is not None:
             live, size = self._compressed(live, compress, most_error, path, queries, checked, processes)
@@ -210,13 +209,13 @@ class InfluenceScores:
                 return found.layers, damping, True
             return Basis.of(rows.fisher, damping, compress, probe).layers, damping, False
 
-        basis = Basis(rows.fisher, damping, compress, *processes.by_first(CALL, chosen))
+        basis = Basis(rows.fisher, damping, compress, *processes.by_first("prepare", chosen))
         processes.each("prepare", lambda: basis.refuse_other() if processes.rank else None)
 
         # Examples of all data, by their place there, and one process that measures: any number of them tell the same.
-        count = processes.each(CALL, live.count)
+        count = processes.each("prepare", live.count)
         before, total = processes.before(live.counted), sum(processes.gathered(count))
-        sample = processes.each(CALL, lambda: rows.every(live, max(1, total // checked), before))
+        sample = processes.each("prepare", lambda: rows.every(live, max(1, total // checked), before))
         sample = [part for rank in range(processes.size) for part in processes.sent_by(rank, sample)]
 
         def told() -> Compression:
@@ -224,7 +223,7 @@ class InfluenceScores:
             some = None if asked is None else rows.sample(asked, max(1, asked.count() // checked))
             return measured(self._inverse, basis, Rows.cat(sample), some, rows.room(2 * rows.space.size))
 
-        report = processes.by_first(CALL, told)
+        report = processes.by_first("prepare", told)
         refuse_error(report, most_error)
         settings = live.settings | {"compress": basis.settings}
         return LiveBlocks(live.problem, live.limit, settings, basis, report), report.bytes

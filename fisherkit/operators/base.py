@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, final, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, final, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,6 @@ from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.coverage import Coverage
 from fisherkit.errors import (
     FileFormatError,
-    InvalidArgumentError,
     InvalidTypeError,
     NoClosedFormError,
     SingularMatrixError,
@@ -37,6 +36,8 @@ from fisherkit.space import ParameterSpace, Vector
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+T = TypeVar("T")
 
 DEFAULT_TOLERANCE = 1e-10
 
@@ -156,11 +157,12 @@ class FisherOperator(ABC):
             k: how many; None for all D.
 
         Raises:
-            InvalidArgumentError: k is not between 1 and D.
+            InvalidTypeError, InvalidArgumentError: k is not an integer between 1 and D.
             NoClosedFormError: sums whose parts do not share eigenvectors.
         """
+        call = f"{self._name}.eigenvalues"
         return self._eigenvalues(
-            self.size if k is None else check_count(f"{self._name}.eigenvalues", "k", k, most=self.size)
+            self._alike(call, lambda: self.size if k is None else check_count(call, "k", k, most=self.size))
         )
 
     @final
@@ -175,10 +177,11 @@ class FisherOperator(ABC):
             k: how many, 1 to D.
 
         Raises:
-            InvalidArgumentError: k is not between 1 and D.
+            InvalidTypeError, InvalidArgumentError: k is not an integer between 1 and D.
             NoClosedFormError: as `eigenvalues`.
         """
-        return self._eigenvectors(check_count(f"{self._name}.eigenvectors", "k", k, most=self.size))
+        call = f"{self._name}.eigenvectors"
+        return self._eigenvectors(self._alike(call, lambda: check_count(call, "k", k, most=self.size)))
 
     @final
     @without_autocast()
@@ -334,8 +337,8 @@ class FisherOperator(ABC):
     @without_autocast()
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
-        why = "operators form a cone: a negative multiple is not positive semi-definite"
-        result = self._scaled(check_number(f"{self._name} * scale", "scale", scale, why=why))
+        call, why = f"{self._name} * scale", "operators form a cone: a negative multiple is not positive semi-definite"
+        result = self._scaled(self._alike(call, lambda: check_number(call, "scale", scale, why=why)))
         kept = {k: v for k, v in self.metadata.items() if (k, v) != ("normalization", "sum")}  # it is none any more
         result.metadata = {**kept, "terms": f"{scale} * ({self._title})"}
         return result
@@ -344,9 +347,8 @@ class FisherOperator(ABC):
 
     @final
     def __truediv__(self, divisor: float) -> FisherOperator:
-        if divisor == 0:
-            raise InvalidArgumentError(f"{self._name} / 0", "divisor 0", "a positive number")
-        return self * (1 / divisor)
+        call = f"{self._name} / divisor"
+        return self * self._alike(call, lambda: 1 / check_number(call, "divisor", divisor, above=True))
 
     @final
     def __radd__(self, other: int) -> FisherOperator:
@@ -548,9 +550,9 @@ class FisherOperator(ABC):
         return self._state().nbytes
 
     @property
-    def together(self) -> Processes | None:
-        """The processes that must ask it the same questions, each of which has a part; None for this one alone."""
-        return None
+    def together(self) -> Processes:
+        """The processes that must ask it the same questions, each of which has a part; by default this one alone."""
+        return ALONE
 
     @property
     def stored_rows(self) -> tuple[Rows, float] | None:
@@ -652,12 +654,14 @@ class FisherOperator(ABC):
 
     def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Callable[[Tensor], Vector]]:
         call = f"{self._name}.{operation}"
-        together = self.together or ALONE
-        return together.each(call, lambda: self.space.to_columns(v, call, dtype=self.dtype, device=self.device))
+        return self._alike(call, lambda: self.space.to_columns(v, call, dtype=self.dtype, device=self.device))
+
+    def _alike(self, call: str, check: Callable[[], T]) -> T:
+        """What a check of arguments gives; what it raises in one of the processes is an error in all of them."""
+        return self.together.each(call, check)
 
     def _resolve(self, damping: Damping, operation: str, **settings: object) -> float:
-        together = self.together or ALONE
-        together.require_same(f"{self._name}.{operation}", lambda: {"damping": damping, **settings})
+        self.together.require_same(f"{self._name}.{operation}", lambda: {"damping": damping, **settings})
         if isinstance(damping, RelativeDamping):
             return damping.scale * float(self._trace()) / self.space.size
         return check_damping(damping, f"{self._name}.{operation}")

@@ -27,7 +27,7 @@ from fisherkit.operators.diagonal import DiagonalOperator
 from fisherkit.operators.factorization import BlockProducts, Factorization, RowProducts, aligned, diagonal_inverse
 from fisherkit.operators.kronecker_sum import layer_inverse
 from fisherkit.operators.persistence import blocks_of_node, restore
-from fisherkit.processes import Processes
+from fisherkit.processes import ALONE, Processes
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo
 from fisherkit.space import ParameterSpace, finest_partition
@@ -60,8 +60,8 @@ class CompositeOperator(FisherOperator):
         return sum(part.nbytes for part in self.parts)
 
     @property
-    def together(self) -> Processes | None:
-        return next((part.together for part in self.parts if part.together is not None), None)
+    def together(self) -> Processes:
+        return next((part.together for part in self.parts if part.together.size > 1), ALONE)
 
     def _usual_damping(self) -> float:
         # What has correlations decides, and of that what takes least.

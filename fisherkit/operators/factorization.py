@@ -19,9 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fisherkit.arguments import check_count
+from fisherkit.arguments import check_count, check_type
 from fisherkit.arithmetic import MatMat, without_autocast
-from fisherkit.errors import InvalidTypeError
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows
 from fisherkit.solvers import SolveInfo, conjugate_gradient, relative_residual
@@ -229,20 +228,19 @@ class Factorization(ABC):
             draws of one call are not those of n calls.
 
         Raises:
-            InvalidArgumentError: n is not a positive integer.
-            InvalidTypeError: the generator is none.
+            InvalidTypeError, InvalidArgumentError: n is not a positive integer, or the generator not a torch.Generator.
 
         Cost: one solve with n columns, and n products with a root of F, for which rows that are streamed from the data
             take one pass.
         """
         operator, count = self.operator, 1 if n is None else n
-        call = f"{operator._name}.factorize().sample"
-        if not isinstance(generator, torch.Generator | None):
-            raise InvalidTypeError(
-                call, f"a {type(generator).__name__} as generator", "a torch.Generator or None",
-                try_="torch.Generator().manual_seed(0)",
-            )  # fmt: skip
-        check_count(call, "n", count)
+        call, advice = f"{operator._name}.factorize().sample", "torch.Generator().manual_seed(0)"
+
+        def check() -> None:
+            check_type(call, "generator", generator, torch.Generator | None, "a torch.Generator or None", try_=advice)
+            check_count(call, "n", count)
+
+        operator._alike(call, check)
         noise = torch.randn(operator.size, count, dtype=operator.dtype, device=operator.device, generator=generator)
         draws = self._solve(self.damping**0.5 * noise + operator._draw(generator, count))
         return draws.squeeze(-1) if n is None else draws

@@ -42,11 +42,10 @@ def load(
         ProcessError: the processes have other files.
     """
     call = f"load({str(path)!r})"
-    processes = Processes.of(group, torch.device("cpu"), call) if shard else ALONE
+    processes = Processes.of(group, call) if shard else ALONE
     place = processes.each(call, lambda: check_device(call, device))
     if processes.size > 1:
-        processes.device = place
-        return _shared_out(path, place, processes, call)
+        return _shared_out(path, place, processes.on(place), call)
     state, space, metadata = io.read(path, device=place)
     with parts_fit(call):
         operator = restore(space, state)

@@ -31,7 +31,7 @@ from fisherkit.operators.factorization import (
     diagonal_inverse,
 )
 from fisherkit.operators.linalg import orthonormal, singular, spectrum
-from fisherkit.processes import Processes
+from fisherkit.processes import ALONE, Processes
 from fisherkit.rows import restore_rows
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
@@ -202,8 +202,8 @@ class LowRankOperator(FisherOperator):
         return (self.row_source, self.scale) if isinstance(self.row_source, Rows) else None
 
     @property
-    def together(self) -> Processes | None:
-        return self._rows.processes if isinstance(self._rows, SharedRows) else None
+    def together(self) -> Processes:
+        return self._rows.processes if isinstance(self._rows, SharedRows) else ALONE
 
     @property
     def nbytes(self) -> int:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 
-from fisherkit.arguments import check_choice
+from fisherkit.arguments import check_choice, check_type
 from fisherkit.arithmetic import without_autocast
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
+from fisherkit.errors import InvalidArgumentError, NonFiniteError
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.damping import RelativeDamping
 
@@ -47,8 +47,7 @@ def normalize(operator: FisherOperator, how: str | None = "trace") -> FisherOper
 
 def normalization_factor(operator: FisherOperator, how: str | None, call: str) -> float:
     """The number that `normalize` multiplies by."""
-    if not isinstance(operator, FisherOperator):
-        raise InvalidTypeError(call, f"a {type(operator).__name__}", "a FisherOperator")
+    check_type(call, "", operator, FisherOperator, "a FisherOperator")
     if how is None:
         return 1.0
     size = float(operator.trace() if how == "trace" else operator._frobenius())

@@ -45,7 +45,7 @@ def mix_with_average(operator: FisherOperator, ratio: float) -> FisherOperator:
     For G ⊗ A with mean(G) = tr(G)/O this is (G + ρ mean(G) I) ⊗ A / (1 + ρ), damping of the gradient factor alone.
 
     Raises:
-        InvalidArgumentError: ρ is negative, NaN or infinite.
+        InvalidTypeError, InvalidArgumentError: ρ is no number, or negative, NaN or infinite.
     """
     check_number("mix_with_average", "ratio", ratio)
     if ratio == 0:

@@ -252,7 +252,7 @@ class ShardedOperator(FisherOperator):
         return 0 if self.own is None else self.own.nbytes
 
     @property
-    def together(self) -> Processes | None:
+    def together(self) -> Processes:
         return self.processes
 
     def _usual_damping(self) -> float:

@@ -49,7 +49,7 @@ class Curvature:
             settings.structure, ema=settings.ema, refresh_every=settings.refresh_every,
             reduce=settings.kfac_positions == "reduce", max_rank=settings.max_rank,
         )  # fmt: skip
-        self.processes = Processes.of(group, next(model.parameters()).device, self.call)
+        self.processes = Processes.of(group, self.call, next(model.parameters()).device)
         _refuse_other_processes(model, self.processes, self.call)
         self.capture.offset = self.processes.rank << 32  # labels are drawn for each process by itself
         self.steps = self.examples = 0

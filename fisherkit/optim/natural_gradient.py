@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherkit.arguments import is_number
+from fisherkit.arguments import check_number
 from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
@@ -127,8 +126,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         given = dict(locals())
         settings = StepSettings.of(CALL, given)
         for name in _OF_ONE:
-            if not is_number(given[name]) or not 0 <= given[name] < math.inf:
-                raise InvalidArgumentError(CALL, f"{name}={given[name]!r}", "a number, 0 or more")
+            check_number(CALL, name, given[name])
         groups, selection = _groups(model, params)
         self._curvature = Curvature(model, selection, settings, group)
         shared = {name: given[name] for name in (*_OF_ONE, *_OF_ALL)}

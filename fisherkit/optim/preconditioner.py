@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherkit.arguments import check_number, is_number
+from fisherkit.arguments import check_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.likelihoods import Likelihood
@@ -129,10 +128,11 @@ class Preconditioner(Watching):
         given |= {name: value for name, value in own.items() if given[name] is None}
         settings = StepSettings.of(CALL, given)
         rms = given["layer_rms"]
-        if rms is not None and not (is_number(rms) and 0 < rms < math.inf and trust_region is None):
+        check_number(CALL, "layer_rms", rms, above=True, optional=True)
+        if rms is not None and trust_region is not None:
             raise InvalidArgumentError(
-                CALL, f"layer_rms={rms!r} and trust_region={trust_region!r}",
-                "a positive number, and trust_region=None", why="each decides how long a step is",
+                CALL, f"layer_rms={rms!r} and trust_region={trust_region!r}", "one of them",
+                why="each decides how long a step is",
             )  # fmt: skip
         self.damping: Damping | LayerDamping = given["damping"] if gram_damping is None else gram_damping
         self.trust_region, self.layer_rms, self._lr = trust_region, rms, lr
@@ -156,6 +156,7 @@ class Preconditioner(Watching):
             ModelError: an update is due, and no forward and backward pass of the model was seen.
             NonFiniteError: NaN or infinite numbers in a pass whose gradients are finite; averages stay as they were.
             SingularMatrixError: the damping is too small.
+            InvalidTypeError, InvalidArgumentError: ``lr`` gives no finite number, 0 or more.
         """
         curvature = self._curvature
         own = curvature.capture.parameters()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fisherkit.arguments import is_number
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+from fisherkit.arguments import check_number
 from fisherkit.outputs import Columns, OutputRule, Outputs, OutputVectors, vectors_of
 from fisherkit.vectors import ImprovedVectors, rule_of
 
@@ -42,11 +40,8 @@ class RowDamped(OutputRule):
 
     def __init__(self, kind: str | OutputRule, row_damping: float, **options: Any) -> None:
         call = "RowDamped"
-        if not is_number(row_damping):
-            raise InvalidTypeError(call, f"row_damping of type {type(row_damping).__name__}", "a number")
-        if not (math.isfinite(row_damping) and row_damping > 0):
-            raise InvalidArgumentError(call, f"row_damping={row_damping}", "a positive number")
-        self.rule, self.row_damping = rule_of(kind, call=call, options=options), float(row_damping)
+        self.row_damping = check_number(call, "row_damping", row_damping, above=True)
+        self.rule = rule_of(kind, call=call, options=options)
         self.kind_name = self.rule.kind_name  # type: ignore[misc]  # what a class has is an object's own here
         self.positionwise = self.rule.positionwise  # type: ignore[misc]
 
