@@ -473,7 +473,7 @@ def nonlinear(plan: Plan, watched: Watched, batch: Batch | None) -> frozenset[st
     Cost: none where the graph has neither functions nor hooks of users; else four backward passes, each of a forward
     pass of its own if there is a batch.
     """
-    own, z = plan.parameters, watched.z.detach()
+    own, z = plan.parameters, watched.z
     if not (watched.users or any(p._backward_hooks for p in own.values())):
         return frozenset()
     drawn, examples = torch.Generator(z.device).manual_seed(1), torch.arange(len(z), device=z.device)
