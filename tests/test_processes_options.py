@@ -33,6 +33,10 @@ def build(rank: int, name: str, other: Any, **options: Any) -> Any:
     return fk.FisherApproximation(**arguments)
 
 
+def kind(rank: int, make: Any, good: dict[str, Any], bad: dict[str, Any]) -> None:
+    make(network(), own_data(rank, 2), **(bad if rank else good))
+
+
 def step(
     rank: int, make: Any, options: dict[str, Any], change: Callable[[Any, Any], None] = lambda _m, _o: None
 ) -> None:
@@ -86,6 +90,10 @@ QUERIES = {"queries": whole_data()}
 CASES: dict[str, tuple[Callable[[int, str], Any], str]] = {
     "a model": (lambda r, _: build(r, "model", "no"), "a str as model"),
     "a kind": (lambda r, _: build(r, "kind", "eff"), "kind='eff'"),
+    "draws": (lambda r, _: kind(r, fk.SampledFisher, {"draws": 2}, {"draws": 0}), "draws=0"),
+    "a power": (lambda r, _: kind(r, fk.ImprovedEmpiricalFisher, {}, {"power": "a"}), "power of type str"),
+    "a rank": (lambda r, _: kind(r, fk.TruncatedFisher, {"rank": 1}, {"rank": 0}), "rank=0"),
+    "an argument that is not": (lambda r, _: kind(r, fk.ExactFisher, {}, {"strukture": "kfac"}), "strukture="),
     "a structure": (lambda r, _: build(r, "structure", "kfak"), "structure='kfak'"),
     "parameters": (lambda r, _: build(r, "params", ["no"]), "['no']"),
     "a likelihood": (lambda r, _: build(r, "likelihood", "no"), "'no'"),
