@@ -90,7 +90,7 @@ QUERIES = {"queries": whole_data()}
 CASES: dict[str, tuple[Callable[[int, str], Any], str]] = {
     "a model": (lambda r, _: build(r, "model", "no"), "a str as model"),
     "a kind": (lambda r, _: build(r, "kind", "eff"), "kind='eff'"),
-    "draws": (lambda r, _: kind(r, fk.SampledFisher, {"draws": 2}, {"draws": 0}), "draws=0"),
+    "labels to draw": (lambda r, _: kind(r, fk.SampledFisher, {"draws": 2}, {"draws": 0}), "draws=0"),
     "a power": (lambda r, _: kind(r, fk.ImprovedEmpiricalFisher, {}, {"power": "a"}), "power of type str"),
     "a rank": (lambda r, _: kind(r, fk.TruncatedFisher, {"rank": 1}, {"rank": 0}), "rank=0"),
     "an argument that is not": (lambda r, _: kind(r, fk.ExactFisher, {}, {"strukture": "kfac"}), "strukture="),
