@@ -49,7 +49,8 @@ GRAPH = 1 << 23
 some models, but hold more memory, and what no cache holds is slow, as is memory that the system gives anew each time.
 Where rows are kept that are larger than the layer outputs, `TILE`: putting their pieces together would take longer."""
 LAYER = 1 << 21
-"""The same of the largest layer output, as of large images."""
+"""The same of the largest layer output, as of large images, for kinds of one vector an example: of several, vectors of
+small pieces would go through a backward pass together, which convolutions and pooling are slow in."""
 SMALLEST = 1 << 20
 """Entries that a pass may hold however small the budget is: smaller pieces would only be slower."""
 
@@ -482,7 +483,8 @@ class Problem:
         one = self.plan.numbers_per_example
         room = self._room(size * one, 4 * TILE)
         step = max(1, room // one) if self.chunk_size is None else self.chunk_size
-        step = max(1, min(step, LAYER // self.plan.largest)) if room <= GRAPH and self.chunk_size is None else step
+        if room <= GRAPH and self.chunk_size is None and self.vectors_per_example == 1:
+            step = max(1, min(step, LAYER // self.plan.largest))
         step = step if self.most_examples is None else min(step, self.most_examples)
         step = min(step, MOST) if self.plan.looped else step
         step = min(step, max(1, TILE // (self.vectors_per_example * self.head))) if self.head else step
