@@ -181,7 +181,11 @@ def rule_of(
     options = options or {}
     if isinstance(kind, OutputRule):
         if options:
-            raise InvalidArgumentError(call, f"options {sorted(options)} beside a rule", "none")
+            named = " and ".join(f"{option}=" for option in options)
+            raise InvalidArgumentError(
+                call, f"an argument {named} that it does not have", "its own: a rule has its settings already",
+                try_=f"help({call})",
+            )  # fmt: skip
         return kind
 
     def expected() -> str:

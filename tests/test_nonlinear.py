@@ -361,17 +361,19 @@ class Gated(Net):
         return self.last(h)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("structure", ["full", "diagonal"])
+@pytest.mark.parametrize("options", [{}, {"storage": "stream"}, {"chunk_size": 2}, {"structure": "diagonal"}], ids=str)
+@pytest.mark.parametrize("sizes", [[6], [1] * 6, [5, 1], [2, 4]], ids=str)
 @pytest.mark.parametrize("kind", ["ef", "exact"])
 @pytest.mark.parametrize("before", ["nothing", "None", "1", "6"])
 @pytest.mark.parametrize("way", ["tensor", "module"])
 def test_matrix__of_hooks_that_read_what_the_forward_pass_left(
-    way: str, before: str, kind: str, structure: str
+    way: str, before: str, kind: str, sizes: list[int], options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
     net = Gated(way, before)
     kept = net.__dict__.get("gate")
-    found = fk.FisherApproximation(net, (X, Y), kind, structure=structure).to_dense()
+    data = list(zip(X.split(sizes), Y.split(sizes), strict=True))
+    found = fk.FisherApproximation(net, data, kind, **options).to_dense()
     assert net.__dict__.get("gate") is kept
     expected = by_hand.fisher(net, (X, Y), kind)
-    torch.testing.assert_close(found, expected if structure == "full" else expected.diag().diag())
+    torch.testing.assert_close(found, expected.diag().diag() if "structure" in options else expected)

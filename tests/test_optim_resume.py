@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "diagonal": {"damping": 1e-2, "structure": "diagonal", "ema": 0.9},
     "kfac": {"damping": 1e-2, "structure": "kfac", "ema": 0.9},
     "kfac-every": {"damping": 1e-2, "structure": "kfac", "ema": 0.9, "update_every": 3},
+    "kfac-reduce": {"damping": 1e-2, "structure": "kfac", "ema": 0.9, "kfac_positions": "reduce"},
     "kfac-refresh": {"damping": 1e-2, "structure": "kfac", "ema": 0.9, "refresh_every": 3},
     "kfac-gram-sum": {"gram_damping": 1e-2, "structure": "kfac", "update_every": 3, "reduction": "sum"},
     "ekfac": {"damping": 1e-2, "structure": "ekfac", "ema": 0.9, "refresh_every": 2, "momentum": 0.5},
@@ -132,6 +133,7 @@ def test_state__says_which_damping_was_chosen() -> None:
         ("kfac", "diagonal", "structure"),
         ("kfac", "kfac-gram-sum", "gram"),
         ("sf", "ekfac-sf", "options"),
+        ("kfac", "kfac-reduce", "kfac_positions"),
     ],
 )
 @pytest.mark.parametrize("beside", [False, True], ids=["natural", "preconditioner"])

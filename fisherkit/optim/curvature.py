@@ -370,7 +370,7 @@ class Curvature:
         state = {"options": {}, "averages": [], **state}  # torch.distributed.checkpoint leaves out what is empty
         check_checksum(state, call)
         for key, value in self.settings.recorded.items():
-            if key in state and state[key] != value:  # states of before do not name the likelihood
+            if key in state and state[key] != value:  # states of before do not name all
                 raise InvalidArgumentError(
                     call, f"a state with {key} = {state[key]!r}", repr(value),
                     why="a step would go on in another direction", try_="an optimizer made with the same arguments",

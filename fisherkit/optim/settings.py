@@ -101,13 +101,13 @@ class StepSettings:
         """What a state says, and must be of for steps to go on from it."""
         return {
             "kind": self.kind.kind_name, "options": self.kind.kind_options(), "structure": self.structure.name,
-            "gram": self.gram, "likelihood": self.likelihood.recorded,
+            "gram": self.gram, "likelihood": self.likelihood.recorded, "kfac_positions": self.kfac_positions,
         }  # fmt: skip
 
     @property
     def told(self) -> dict[str, object]:
         """What several processes must have alike."""
-        names = ["reduction", "ema", "update_every", "refresh_every", "gradient_momentum", "kfac_positions", "max_rank"]
+        names = ["reduction", "ema", "update_every", "refresh_every", "gradient_momentum", "max_rank"]
         return {"gram_damping": self.gram, **self.recorded, **{name: getattr(self, name) for name in names}}
 
 

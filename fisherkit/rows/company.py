@@ -62,11 +62,11 @@ class Company:
         So may numbers that the model's two first examples did not bring, as those that depend on the batch's size.
 
         Cost: none where there are none, else a forward and two backward passes of a batch of each size; where there are
-        hooks or functions of users a forward and four backward passes of every batch. One forward pass more where the
-        batch's own has led to other leaves than the parameters.
+        hooks or functions of users a forward and four backward passes of every batch, of one example too. One forward
+        pass more where the batch's own has led to other leaves than the parameters.
         """
-        if batch.size == 1 or not self._asks(plan, seen):
-            return True
+        if not self._asks(plan, seen) or (batch.size == 1 and not seen.users):
+            return True  # of one example, hooks may still ask for what its pass left on the model
         kept, key = self._gradients(batch.size, place, seen)
         if key not in kept:
             kept[key] = _has_own_gradients(plan, batch, seen)
