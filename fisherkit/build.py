@@ -120,8 +120,8 @@ class BuildPlan:
 class Builder:
     """Builds structures of one problem; a ``memory_budget`` of None is half of what is available.
 
-    ``weights`` gives the `parameters_hash` that the model must have where rows are made after the build; ``told`` then
-    gets what was built of them.
+    ``weights`` gives the `parameters_hash` that the model must have where rows are made after the build, of which
+    ``rows_made`` then gets what was built.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Builder:
         kept: torch.dtype | None = None, shard: bool = False,
     ) -> None:  # fmt: skip
         self.normalization, self.storage, self.weights = normalization, storage, weights
-        self.told: Callable[[Built], object] = id
+        self.rows_made: Callable[[Built], object] = id
         device = problem.plan.example_parameter.device
         self.processes = problem.processes
         self.shards = self.processes.size if shard else 1
@@ -413,11 +413,11 @@ class Builder:
         if structure.keeps_rows:
             compared = parts > 1 or self.problem.source.recorded
             rows = self._counted(self.problem.batches(description, compared=compared), parts)
-            return self._met(lambda: empty.added(rows))
+            return self._all_reduced(lambda: empty.added(rows))
         readings = self._readings(structure, self.problem, taken)
         keep = readings < structure.passes
         chunks = self._counted(self.problem.chunks(description, compared=readings * parts > 1), readings * parts)
-        sums: Sums = self._met(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
+        sums: Sums = self._all_reduced(lambda: empty.added(_noting(chunks, kept) if keep else chunks))
         while True:
             # Of matrices that are decomposed for it, what is wrong with one is seen in the end.
             try:
@@ -431,9 +431,9 @@ class Builder:
                 return sums
             del sums  # of which the next pass has what it needs
             again = kept if keep else self.problem.chunks(description)
-            sums = self._met(functools.partial(going.added, again), counted=True)
+            sums = self._all_reduced(functools.partial(going.added, again), counted=True)
 
-    def _met(self, add: Callable[[], Sums], counted: bool = False) -> Sums:
+    def _all_reduced(self, add: Callable[[], Sums], counted: bool = False) -> Sums:
         """What a pass adds up; of several processes, what all of them add up, and the examples of all."""
         if self.processes.size == 1:
             return add()
@@ -452,7 +452,7 @@ class Builder:
             raise LookupError("neither sums nor a reason to begin again")
         if not counted:
             self._count_all()
-        return self.processes.met(sums)
+        return self.processes.all_reduced(sums)
 
     def _count_all(self) -> None:
         """Examples, rows and dropped traces of all processes, in the order of the ranks."""
@@ -521,7 +521,7 @@ class Builder:
                 why="rows that are made later must be of the same Fisher", try_='storage="rows"',
             )  # fmt: skip
         streamed.counted = tally
-        self.told(built)
+        self.rows_made(built)
         return cast(LowRankOperator, built.operator).row_source
 
     # -- shared --------------------------------------------------------------------------------------------------------

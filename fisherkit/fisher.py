@@ -148,9 +148,8 @@ class FisherApproximation(ForwardingOperator):
         shard: bool = False,
         **options: Any,
     ) -> None:
-        arguments = dict(locals())
-        asked = _Asked.of(type(self).__name__, arguments)
-        asked.builder.told = self._built_later
+        asked = _Asked.of(type(self).__name__, dict(locals()))  # by name, as the signature alone has to list them
+        asked.builder.rows_made = self._built_later
         built = asked.builder.build(asked.structure)
         self.held, self._tally = built.operator, built.tally
         super().__init__(self.held.space, dtype=self.held.dtype, device=self.held.device)

@@ -84,9 +84,9 @@ class Processes:
             dist.all_gather_object(found, data.getvalue(), group=self.group)
         return [torch.load(io.BytesIO(one), map_location=self.device, weights_only=False) for one in found]
 
-    def met(self, sums: T) -> T:
+    def all_reduced(self, sums: T) -> T:
         """What all processes have added up."""
-        return sums if self.size == 1 else sums.met(self)  # type: ignore[attr-defined]
+        return sums if self.size == 1 else sums.all_reduced(self)  # type: ignore[attr-defined]
 
     def stacked(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone's rows, by rank, of which each rank has so many (``sizes``)."""

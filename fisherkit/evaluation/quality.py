@@ -26,7 +26,7 @@ from fisherkit.randomness import untouched_rng
 from fisherkit.rows.differentiable import differentiable, pulled_back
 from fisherkit.rows.generic import dense_gradient
 from fisherkit.rows.record import refuse_train_mode
-from fisherkit.rows.verified import told
+from fisherkit.rows.verified import explained_errors
 from fisherkit.rows.watched import refuse_hidden
 from fisherkit.space import ParameterSpace, Selection
 
@@ -181,7 +181,7 @@ def loss_gradient(
     for number, raw in enumerate(Source(data, model).once()):
         batch = raw.to(device)
         call = f"data, batch {number}"
-        with told(model, space, batch):
+        with explained_errors(model, space, batch):
             gradient, mask = _batch_gradient(model, batch, resolved, parameters, shift, call)
         if not all_finite(gradient):
             parts = space.unflatten(gradient)

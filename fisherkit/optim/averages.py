@@ -93,7 +93,7 @@ class Averages:
         with checked_together():  # all factors' decompositions with one wait for the device
             while sums is not None:
                 added: LayerSums = sums.added(chunks)
-                found = processes.met(added).averaged(self.records, ema, 1 / examples, due)
+                found = processes.all_reduced(added).averaged(self.records, ema, 1 / examples, due)
                 records |= {(names, unit.label): unit for names, unit in found.units.items() if unit.label}
                 sums = structure.next_pass(found)
         if large:

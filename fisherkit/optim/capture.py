@@ -31,14 +31,14 @@ from fisherkit.optim.watch import Watch
 from fisherkit.processes import Processes
 from fisherkit.randomness import RngState, device_generators, rng_state, untouched_rng
 from fisherkit.rows.base import TILE, RowSelection
+from fisherkit.rows.batch_checks import BatchChecks
 from fisherkit.rows.chunks import Chunk, Slots
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.company import Company
 from fisherkit.rows.differentiable import differentiable
 from fisherkit.rows.linearized import Known, Linearized
 from fisherkit.rows.plan import Plan, forward, influenced
-from fisherkit.rows.record import Recorder, Still
-from fisherkit.rows.verified import fingerprint, plan_of_call, told
+from fisherkit.rows.record import Recorder, WithoutChance
+from fisherkit.rows.verified import explained_errors, fingerprint, plan_of_call
 from fisherkit.rows.watched import Watched, refuse_reentrant
 from fisherkit.space import ParameterSpace, Selection
 from fisherkit.wrappers import full
@@ -70,7 +70,7 @@ class Capture:
         self.finished: list[Captured] = []
         self.first: Tensor | None = None  # the largest output of the first pass
         self.examples = self.offset = self._passes = 0
-        self._company = Company()
+        self._checks = BatchChecks()
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[int] = set()
         self._used: set[str] = set()
@@ -172,7 +172,7 @@ class Capture:
             self._seen.add(id(plan))
             nodes = [use.edge.node for use in watched.uses]
             refuse_reentrant(z, nodes, cut or hidden, f"{self.call}, forward pass", cut=bool(cut))
-        with told(self.model, plan.space, batch):
+        with explained_errors(self.model, plan.space, batch):
             self._refuse_influence(plan, batch, watched, coupled)
         self._refuse_nonlinear(plan, watched, coupled)
         if plan.generic:
@@ -238,21 +238,21 @@ class Capture:
     def _refuse_influence(self, plan: Plan, batch: Batch, seen: Watched, coupled: list[str]) -> None:
         """Refuse a batch whose examples have other outputs or gradients than in other company, as builds do.
 
-        Passes of our own are in the model's own mode, `Still` where that one draws numbers or couples examples; in eval
-        mode where it draws numbers of a kind that nothing sees.
+        Passes of our own are in the model's own mode, `WithoutChance` where that one draws numbers or couples examples;
+        in eval mode where it draws numbers of a kind that nothing sees.
 
         Raises:
             ModelError: they have.
 
-        Cost: as of `Company`, and a forward pass of the batch where the user's does not serve.
+        Cost: as of `BatchChecks`, and a forward pass of the batch where the user's does not serve.
         """
         chance = seen.random or seen.drawn
         told = seen.replaced(drawn=False, numbers=batch.size if seen.drawn else seen.numbers)
-        if not self._company.is_due(plan, batch.size, told):
+        if not self._checks.is_due(plan, batch.size, told):
             return
-        batch = batch.to(plan.example_parameter.device)
-        alike = not (chance or coupled or torch.is_autocast_enabled(plan.example_parameter.device.type))
-        with self._watch.quiet(), without_autocast(), nullcontext() if alike else Still(plan.example_parameter.device):
+        batch = batch.to(device := plan.example_parameter.device)
+        alike = not (chance or coupled or torch.is_autocast_enabled(device.type))
+        with self._watch.quiet(), without_autocast(), nullcontext() if alike else WithoutChance(device):
             try:
                 with plan.quiet():
                     told = told if alike else told.replaced(z=batch.call(self.model))
@@ -289,8 +289,8 @@ class Capture:
         probe.alike = False  # its outputs are those of weights before a step
         plan = replace(plan, probed=probe)
         call = f"{self.call}, forward pass"
-        self._company.refuse_influence(plan, batch, None, seen, call)
-        if not self._company.has_own_gradients(plan, batch, None, seen):
+        self._checks.refuse_influence(plan, batch, None, seen, call)
+        if not self._checks.has_own_gradients(plan, batch, None, seen):
             raise influenced(call, "gradients")
 
     def _verified(self, names: tuple[str, ...], batch: Batch) -> Plan:

@@ -93,10 +93,10 @@ class Curvature:
                 "Try: a smaller learning rate, a larger damping, or trust_region=."
             )
 
-    def finite(
+    def agreed(
         self, gradients: Mapping[str, Tensor], settings: Callable[[], Mapping[str, Any]]
-    ) -> tuple[bool, Mapping[str, Any]]:
-        """Whether gradients are finite, with one wait for the device for all that a step needs; and the settings.
+    ) -> Mapping[str, Any] | None:
+        """The settings; None where gradients are not finite, with one wait for the device for all that a step needs.
 
         Several processes must have the ``settings``, checked when they are asked for, alike, and all that decides about
         the Fisher.
@@ -104,8 +104,8 @@ class Curvature:
         call = f"{self.call}.step"
         schedule = {"number of steps": self.steps, "number of updates": self.averages.updates}
         known, own = self.processes.each(call, lambda: (settings(), self._finite(gradients)))
-        everyones = self.processes.require_same(call, lambda: {**self.settings.told, **schedule, **known}, own)
-        return all(everyones), known
+        everyones = self.processes.require_same(call, lambda: {**self.settings.compared, **schedule, **known}, own)
+        return known if all(everyones) else None
 
     def _finite(self, gradients: Mapping[str, Tensor]) -> bool:
         chunks = [(i, chunk) for i, one in enumerate(self.capture.finished) for chunk in one.chunks] if self.due else []
@@ -260,7 +260,7 @@ class Curvature:
                 targets = processes.stacked(targets, rows.sizes)
             return gram_direction(rows, structure.groups, targets, damping, self.examples)
         sums = structure.empty().added(chunks)
-        operator = structure.operator(processes.met(sums), 1 / self.examples)
+        operator = structure.operator(processes.all_reduced(sums), 1 / self.examples)
         inverse = operator.factorize(self._effective(damping))
         return damped(plan.space, [inverse], self._mean(gradients, plan.space, self.examples))
 

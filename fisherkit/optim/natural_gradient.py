@@ -123,7 +123,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         model, params = whole_model(model, params)
-        given = dict(locals())
+        given = dict(locals())  # all arguments by name, which the signature alone has to list
         settings = StepSettings.of(CALL, given)
         for name in _OF_ONE:
             check_number(CALL, name, given[name])
@@ -168,7 +168,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
             }
 
         with without_autocast(), self._curvature.explaining():  # the closure above is the user's own
-            if not self._curvature.finite(gradients, settings)[0]:
+            if self._curvature.agreed(gradients, settings) is None:
                 bad = listed(repr(name) for name, gradient in gradients.items() if not all_finite(gradient))
                 raise NonFiniteError(
                     f"{CALL}.step", f"gradients with NaN or infinite entries of {bad}", "finite gradients",

@@ -99,12 +99,12 @@ def seen_outputs(raw: Tensor, gradient: Tensor, settings: StepSettings, start: i
     if likelihood.gradient_scale_free:
         own = found.double().flatten(1)
         multiple = _ratio(_dot(own, u), squared_norm)
-        strange = _strange(own, outputs, u, multiple, raw.dtype).any()
+        mismatched = _mismatched(own, outputs, u, multiple, raw.dtype).any()
     else:
-        multiple, strange = torch.full_like(squared_norm, known), mask.new_zeros(())
+        multiple, mismatched = torch.full_like(squared_norm, known), mask.new_zeros(())
     # The one wait for the device in a pass.
     several = [mask.any(1).sum()] if mask.shape[1] > 1 else []
-    wrong, *examples, positions = torch.stack([strange, *several, mask.sum()]).tolist()
+    wrong, *examples, positions = torch.stack([mismatched, *several, mask.sum()]).tolist()
     if wrong:
         raise ModelError(
             f"{call}, backward pass",
@@ -120,7 +120,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, settings: StepSettings, start: i
     return Seen(outputs, u, squared_norm, multiple, counts, calibrated)
 
 
-def _strange(
+def _mismatched(
     found: Float[Tensor, "B PC"], outputs: Outputs, u: Float[Tensor, "B PC"], multiple: Float[Tensor, "B"],
     dtype: torch.dtype,
 ) -> Bool[Tensor, "B"]:  # fmt: skip

@@ -124,7 +124,7 @@ class Preconditioner(Watching):
         own = {**usual, "ema": 0.0 if rows else EMA}
         if trust_region is not None:
             own["layer_rms"] = None
-        given = dict(locals())
+        given = dict(locals())  # all arguments by name, which the signature alone has to list
         given |= {name: value for name, value in own.items() if given[name] is None}
         settings = StepSettings.of(CALL, given)
         rms = given["layer_rms"]
@@ -164,8 +164,8 @@ class Preconditioner(Watching):
         if not gradients:
             return
         with curvature.explaining():
-            finite, settings = curvature.finite(gradients, self._settings)
-            if not finite:
+            settings = curvature.agreed(gradients, self._settings)
+            if settings is None:
                 curvature.say_if_diverged(own)
                 curvature.capture.forget()
                 return

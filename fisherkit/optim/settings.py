@@ -105,7 +105,7 @@ class StepSettings:
         }  # fmt: skip
 
     @property
-    def told(self) -> dict[str, object]:
+    def compared(self) -> dict[str, object]:
         """What several processes must have alike."""
         names = ["reduction", "ema", "update_every", "refresh_every", "gradient_momentum", "max_rank"]
         return {"gram_damping": self.gram, **self.recorded, **{name: getattr(self, name) for name in names}}

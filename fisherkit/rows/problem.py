@@ -28,9 +28,9 @@ from fisherkit.probabilities import warn_of_probabilities
 from fisherkit.processes import ALONE, Processes
 from fisherkit.progress import bar, beside
 from fisherkit.rows.base import TILE, RowSelection
+from fisherkit.rows.batch_checks import BatchChecks
 from fisherkit.rows.chunks import Chunk, Slots, joined
 from fisherkit.rows.collection import Rows
-from fisherkit.rows.company import Company
 from fisherkit.rows.generic import now
 from fisherkit.rows.last_layer import Head, last_layer_rows, last_width
 from fisherkit.rows.linearized import MOST, Linearized, OneByOne
@@ -109,8 +109,6 @@ class Problem:
             an example that are examples of their own; inputs of a last layer that vectors are led through at once.
         most_examples: in a micro-batch, where memory allows only so many; set by the builder.
         revisable: whether a pass may end with `BetterPlanError`; else what the plan does not know goes the slow way.
-        sought: "probabilities" once outputs have been looked at for these in the place of logits, for which two
-            examples are too few.
         shift_guessed: whether nobody has said whether labels belong to the position before theirs.
         by_owner: where layers' positions are to be counted, whether it is those that outputs depend on; False as long
             as the forward pass shows in every batch whose they are. None where they are not.
@@ -120,7 +118,7 @@ class Problem:
         folds: whether positions may become examples of their own where vectors are of single ones.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
         settled: what `fingerprint` says of the model before such passes; None during the build.
-        company: which batches have been compared with their parts.
+        checks: what has been looked at of its batches; the only thing here that grows.
     """
 
     plan: Plan
@@ -136,7 +134,6 @@ class Problem:
     rowless: bool = False
     most_examples: int | None = None
     revisable: bool = False
-    sought: set[str] = field(default_factory=lambda: {"probabilities"})
     shift_guessed: bool = False
     by_owner: bool | None = None
     budget: int | None = None
@@ -147,7 +144,7 @@ class Problem:
     fold: int = 1
     head: int = 0
     settled: Hashable = None
-    company: Company = field(default_factory=Company)
+    checks: BatchChecks = field(default_factory=BatchChecks)
 
     @functools.cached_property
     def examples(self) -> int:
@@ -268,8 +265,8 @@ class Problem:
         total, *counts = torch.stack([x.sum(dtype=torch.float64) for x in (raw, *counted)]).tolist()
         if not math.isfinite(total):  # where only the sum overflows, all is well
             check_finite(raw, call)
-        if "probabilities" not in self.sought:
-            self.sought.add("probabilities")
+        if not self.checks.looked:
+            self.checks.looked = True
             if self.shift_guessed and not self.shift_labels and target is not None and target.ndim == 2 < raw.ndim:
                 warn_of_unshifted(batch, target, mask)
             likelihood, seen = self.likelihood, self.plan.tried.seen
@@ -303,7 +300,8 @@ class Problem:
         if number > 1 and not rowless and "batched" not in tried.answers:
             with self.plan.quiet():
                 _ = Linearized.probe(plan).batched  # cheaper on two examples than on a batch
-        found = replace(self, vectors_per_example=number, rowless=rowless, head=head, fold=fold, sought=set())
+        checks = replace(self.checks, looked=False)
+        found = replace(self, vectors_per_example=number, rowless=rowless, head=head, fold=fold, checks=checks)
         found.choose(lean=True)
         return found
 
@@ -510,9 +508,9 @@ class Problem:
 
     def _judge(self, batch: Batch, start: int, seen: Watched, call: str, *, gradients: bool = True) -> bool:
         """Refuse examples that influence each other; whether their gradients are their own, if that is asked."""
-        self.company.refuse_influence(self.plan, batch, start, seen, call)
+        self.checks.refuse_influence(self.plan, batch, start, seen, call)
         self._refuse_nonlinear([seen], [batch], call)
-        return not gradients or self.company.has_own_gradients(self.plan, batch, start, seen)
+        return not gradients or self.checks.has_own_gradients(self.plan, batch, start, seen)
 
     def _refuse_nonlinear(self, passes: Sequence[Watched], batches: Iterable[Batch], call: str) -> None:
         for seen, batch in zip(passes, batches, strict=True) if not self.kind.along_gradient else ():

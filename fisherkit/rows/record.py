@@ -464,7 +464,7 @@ def _refuse(
         )  # fmt: skip
 
 
-class Still(TorchFunctionMode):
+class WithoutChance(TorchFunctionMode):
     """Train mode without chance or statistics of batch norms: what is left of it in which examples may meet.
 
     Dropout does nothing, what is drawn is everywhere the same number, an order is the reverse one, and batch norm takes

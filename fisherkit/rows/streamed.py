@@ -32,8 +32,8 @@ from fisherkit.data import Batch, Source
 from fisherkit.errors import FisherkitError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
+from fisherkit.rows.batch_checks import BatchChecks
 from fisherkit.rows.collection import Rows, RowSource
-from fisherkit.rows.company import Company
 from fisherkit.rows.differentiable import differentiable, with_values
 from fisherkit.rows.plan import TOLERANCE, Plan
 from fisherkit.rows.problem import Metric, Problem, Tally
@@ -225,7 +225,7 @@ def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
     """
     if isinstance(rows, StreamedRows):
         source = ThinnedSource(rows.problem.source, stride)
-        problem = replace(rows.problem, source=source, progress=False, company=Company())
+        problem = replace(rows.problem, source=source, progress=False, checks=BatchChecks())
         return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
     return rows.reordered(torch.arange(first, rows.count, stride, device=rows.device)).compact()
 

@@ -306,7 +306,7 @@ def plan_of(
             _, reading, plan = found
             source.shared(reading)
             return plan
-        _tell(error, model, space, first, single=other is None)
+        _explain(error, model, space, first, single=other is None)
         raise
 
 
@@ -327,17 +327,17 @@ def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processe
 
 def plan_of_call(model: nn.Module, space: ParameterSpace, batch: Batch) -> Plan:
     """The same for a single batch, on the model's device."""
-    with told(model, space, batch, single=True):
+    with explained_errors(model, space, batch, single=True):
         return plan_for(model, space, batch)
 
 
 @contextlib.contextmanager
-def told(model: nn.Module, space: ParameterSpace, batch: Batch, *, single: bool = False) -> Iterator[None]:
+def explained_errors(model: nn.Module, space: ParameterSpace, batch: Batch, *, single: bool = False) -> Iterator[None]:
     """What a model's error in here means for a batch, perhaps the only one, if it does not say enough itself."""
     try:
         yield
     except Exception as error:
-        _tell(error, model, space, batch, single=single)
+        _explain(error, model, space, batch, single=single)
         raise
 
 
@@ -461,7 +461,7 @@ def _refuse_inputs(error: Exception, first: Batch, reason: str, *, fails: bool) 
         ) from error
 
 
-def _tell(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
+def _explain(error: Exception, model: nn.Module, space: ParameterSpace, first: Batch, *, single: bool) -> None:
     """Raise what a model's error means, if it does not say enough itself."""
     alike = single and _shared(model, space, first, None)
     if alike:

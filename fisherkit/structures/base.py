@@ -86,9 +86,9 @@ class Added(ABC):  # noqa: B024  # subclasses have abstract methods
         """Of the sum of both Fishers: with what another pass, step or process added up."""
         return replace(self, **{name: _merged(getattr(self, name), getattr(other, name)) for name in self._linear})
 
-    def met(self: A, processes: Processes) -> A:
+    def all_reduced(self: A, processes: Processes) -> A:
         """Of what all processes have added up, each of the same form; every process of the group must ask for it."""
-        return replace(self, **{name: _met(getattr(self, name), processes) for name in self._linear})
+        return replace(self, **{name: _all_reduced(getattr(self, name), processes) for name in self._linear})
 
     @property
     def _linear(self) -> list[str]:
@@ -115,14 +115,14 @@ def _merged(a: Any, b: Any) -> Any:
     return a + b if isinstance(a, (int, float, Tensor)) else a.merge(b)
 
 
-def _met(value: Any, processes: Processes) -> Any:
+def _all_reduced(value: Any, processes: Processes) -> Any:
     if isinstance(value, Mapping):
         return everywhere(value, processes)
     if isinstance(value, Tensor):
         return processes.total(value)
     if isinstance(value, (int, float)):
         return type(value)(processes.total(torch.tensor(value, dtype=torch.float64, device=processes.device)))
-    return None if value is None else value.met(processes)
+    return None if value is None else value.all_reduced(processes)
 
 
 def everywhere(units: Mapping[Names, A], processes: Processes) -> dict[Names, A]:
@@ -141,7 +141,7 @@ def everywhere(units: Mapping[Names, A], processes: Processes) -> dict[Names, A]
         if len(owners) < processes.size:  # those that have none begin with nothing, of the right shapes
             sent = processes.sent_by(owners[0], unit)
             unit = sent.scaled(0.0) if unit is None else unit
-        found[names] = unit.met(processes)  # type: ignore[union-attr]
+        found[names] = unit.all_reduced(processes)  # type: ignore[union-attr]
     return found
 
 
@@ -387,7 +387,7 @@ class LayerSums(Sums):
             del chunk, slot  # not to be held while the next rows are made
         return replace(self, units=units)
 
-    def met(self, processes: Processes) -> LayerSums:
+    def all_reduced(self, processes: Processes) -> LayerSums:
         """Of what all processes added up in this pass; what is done they have alike."""
         return replace(self, units=everywhere(self.units, processes))
 

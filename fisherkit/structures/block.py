@@ -61,7 +61,7 @@ class BlockSums(Sums):
             del chunk
         return replace(self, matrices=matrices, kept=Rows.taken_from(kept) if kept else None)
 
-    def met(self, processes: Processes) -> BlockSums:
+    def all_reduced(self, processes: Processes) -> BlockSums:
         """Of what all processes have added up; their rows, each where it is."""
         return replace(
             self, matrices=everywhere(self.matrices, processes), everyones=shared(self.kept, processes)

@@ -47,7 +47,7 @@ class KeptRows(Sums):
         rows, share = largest.result()
         return KeptRows(rows, self.most, self.dropped + largest.seen - rows.count, share)
 
-    def met(self, processes: Processes) -> KeptRows:
+    def all_reduced(self, processes: Processes) -> KeptRows:
         """All processes' rows, each where it is; of those of largest norm, the largest of all."""
         if self.most is None:
             return replace(self, everyones=shared(self.rows, processes))

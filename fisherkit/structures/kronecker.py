@@ -86,7 +86,7 @@ class SecondMoment:
         total = other.dense()
         return replace(self, vectors=(), matrix=total if self.empty else self.dense() + total, own=None)
 
-    def met(self, processes: Processes) -> SecondMoment:
+    def all_reduced(self, processes: Processes) -> SecondMoment:
         """Of all processes, as a matrix."""
         if self.matrix is not None:
             return replace(self, matrix=processes.total(self.matrix))

@@ -21,12 +21,15 @@ from fisherkit.rows.watched import Watched
 
 
 @dataclass
-class Company:
-    """What has been compared of a model's batches: outputs, and whether gradients were examples' own.
+class BatchChecks:
+    """What has been looked at of a model's batches: outputs, and whether gradients were examples' own.
+
+    ``looked`` once outputs have been searched for probabilities in the place of logits: two examples are too few.
 
     In its methods, ``place`` is that of a batch in data which are read again and again; None where each is met once.
     """
 
+    looked: bool = True
     _compared: set[Hashable] = field(default_factory=set)
     _own: dict[Hashable, bool] = field(default_factory=dict)
 
