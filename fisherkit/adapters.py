@@ -38,7 +38,7 @@ class Product(NamedTuple):
 
     @property
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapters' own."""
+        """The parameters of the adapters in it."""
         return (p for _, own in self.terms for p in own)
 
     @property

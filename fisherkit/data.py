@@ -482,6 +482,26 @@ class Source:
             return None
 
 
+class CutSource(Source):
+    """A source's data in other batches: ``cut`` makes them of its own, with the numbers that errors have for these."""
+
+    def __init__(
+        self, source: Source, cut: Callable[[Iterator[tuple[int, Batch]]], Iterator[tuple[int, Batch]]]
+    ) -> None:
+        super().__init__(source.batches, source.model)
+        self.source, self.cut = source, cut
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for _, batch in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Batch]]:
+        """One pass, which the source compares with its first."""
+        return self.cut(self.source.numbered())
+
+    def steps(self) -> None:
+        """None: how many batches there will be is not known."""
+
+
 def _is_batch(data: Data) -> bool:
     if _is_dataclass(data):
         return not isinstance(data, Iterable)

@@ -165,12 +165,12 @@ class FisherApproximation(ForwardingOperator):
 
     @property
     def examples(self) -> int:
-        """N."""
+        """N, the number of examples that count."""
         return self._tally.some().examples
 
     @property
     def rows(self) -> int:
-        """R."""
+        """R, the number of rows."""
         return self._tally.some().rows
 
     @property
@@ -181,7 +181,7 @@ class FisherApproximation(ForwardingOperator):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What is recorded."""
+        """What is recorded: kind, structure, conventions, counts, hashes of the weights and versions."""
         if self._metadata.get("rows") == "":
             self._metadata |= {"examples": str(self.examples), "rows": str(self.rows)}
         if self._hashes is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ class SolveInfo:
     residual: Float[Tensor, " K"]
     converged: bool
     damping: float
+
+    @classmethod
+    def of_parts(cls, infos: Sequence[SolveInfo], residual: Float[Tensor, " K"], damping: float) -> SolveInfo:
+        """Of a solve in parts, of which each has its info; the residual is of the whole."""
+        method = " + ".join(sorted({info.method for info in infos}))
+        steps, converged = max(info.steps for info in infos), all(info.converged for info in infos)
+        return cls(method, steps, residual, converged, damping)
 
 
 @without_autocast()

@@ -16,7 +16,7 @@ from fisherkit.operators.low_rank import (
     SampledInverse,
     sample_stride,
 )
-from fisherkit.rows.streamed import ThinnedSource, thinned
+from fisherkit.rows.streamed import every_kth, every_kth_example
 from fisherkit.solvers import conjugate_gradient
 from tests.small_data import normal
 
@@ -61,7 +61,7 @@ def test_sample__makes_streamed_solves_take_fewer_steps(kind: Any) -> None:
 
 def test_sample__is_positive_definite_and_the_inverse_of_its_fisher() -> None:
     fisher = low_rank(fk.EmpiricalFisher(model(), cut(100)))
-    sample = thinned(fisher.row_source, 20)  # type: ignore[arg-type]
+    sample = every_kth(fisher.row_source, 20)  # type: ignore[arg-type]
     inverse = SampledInverse(sample, 1 / sample.count, 1e-3)
     dense = LowRankOperator(sample, 1 / sample.count, dtype=torch.float64, device=torch.device("cpu")).to_dense()
     eye = torch.eye(fisher.size, dtype=torch.float64)
@@ -73,22 +73,22 @@ def test_sample__is_positive_definite_and_the_inverse_of_its_fisher() -> None:
 
 def test_sample__of_streamed_rows_is_that_of_stored_ones() -> None:
     stored, streamed = (low_rank(fk.EmpiricalFisher(model(), cut(50), memory_budget=b)) for b in (None, 1))
-    a, b = (thinned(source.row_source, 9) for source in (stored, streamed))  # type: ignore[arg-type]
+    a, b = (every_kth(source.row_source, 9) for source in (stored, streamed))  # type: ignore[arg-type]
     assert a.count == b.count == -(-N // 9)
     torch.testing.assert_close(a.dense(), b.dense())
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, N])
-def test_thinned__data_has_the_same_examples_however_it_is_cut(size: int) -> None:
-    taken = torch.cat([batch.targets for batch in ThinnedSource(Source(cut(size)), 7)])  # type: ignore[misc]
+def test_every_kth__data_has_the_same_examples_however_it_is_cut(size: int) -> None:
+    taken = torch.cat([batch.targets for batch in every_kth_example(Source(cut(size)), 7)])  # type: ignore[misc]
     assert torch.equal(taken, data()[1][::7])
 
 
-def test_thinned__rows_that_share_examples_keep_only_the_examples_they_need() -> None:
+def test_every_kth__rows_that_share_examples_keep_only_the_examples_they_need() -> None:
     rows = low_rank(fk.ExactFisher(model(), cut(100))).row_source
-    few = thinned(rows, 10)  # type: ignore[arg-type]
+    few = every_kth(rows, 10)  # type: ignore[arg-type]
     torch.testing.assert_close(few.dense(), rows.dense()[::10])  # type: ignore[attr-defined]
-    apart = thinned(rows, 400)  # type: ignore[arg-type]
+    apart = every_kth(rows, 400)  # type: ignore[arg-type]
     assert apart.nbytes < 0.02 * rows.nbytes  # type: ignore[attr-defined]
 
 

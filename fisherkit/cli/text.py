@@ -68,11 +68,11 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [*lines, rest]
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number with some significant digits and no exponent where it is of ordinary size."""
+def number(value: float) -> str:
+    """A number with three significant digits and no exponent where it is of ordinary size."""
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits - 1}e}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else digits - 1
+        return f"{value:.2e}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 2
     return f"{value:,.{decimals}f}"
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from fisherkit import io
-from fisherkit.data import Batch, Source
+from fisherkit.data import Batch, CutSource, Source
 from fisherkit.errors import FileFormatError, InvalidArgumentError
 from fisherkit.influence.compression import FILE, Basis, Compression, damaged
 from fisherkit.operators import FisherOperator
@@ -112,7 +112,7 @@ class LiveBlocks(RowBlocks):
         return LiveBlocks(problem or self.problem, limit or self.limit, self.settings, self.basis, self.compression)
 
     def __iter__(self) -> Iterator[RowBlock]:
-        problem = replace(self.problem, source=LimitedSource(self.problem.source, self.limit))
+        problem = replace(self.problem, source=in_pieces(self.problem.source, self.limit))
         for chunk in problem.batches("rows"):
             rows = chunk.rows if self.basis is None else self.basis.turned(chunk.rows)
             yield RowBlock(rows, chunk.owner, chunk.counted_positions[0])
@@ -178,24 +178,12 @@ class OncePerExample:
         return self._known[start : start + block.size]
 
 
-class LimitedSource(Source):
-    """The same data in batches of at most so many examples."""
-
-    def __init__(self, source: Source, limit: int) -> None:
-        super().__init__(source.batches, source.model)
-        self.source, self.limit = source, limit
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (batch for _, batch in self.numbered())
-
-    def numbered(self) -> Iterator[tuple[int, Batch]]:
-        """The same with the number of the batch that each is cut from."""
-        for number, batch in self.source.numbered():
-            for start in range(0, batch.size, self.limit):
-                yield number, batch.take(slice(start, min(start + self.limit, batch.size)))
-
-    def steps(self) -> None:
-        """Not known."""
+def in_pieces(source: Source, limit: int) -> CutSource:
+    """The same data in batches of at most so many examples, each with the number of the batch that it is cut from."""
+    return CutSource(source, lambda batches: (
+        (number, batch.take(slice(start, min(start + limit, batch.size))))
+        for number, batch in batches for start in range(0, batch.size, limit)
+    ))  # fmt: skip
 
 
 def joined(blocks: Sequence[RowBlock]) -> RowBlock:
@@ -257,7 +245,7 @@ class FolderBlocks(RowBlocks):
             yield _block(path, self.space, header["units"], tensors)
 
     def count(self) -> int:
-        """Of the manifest."""
+        """The examples that the manifest lists."""
         return sum(entry["examples"] for entry in self.entries)
 
 
@@ -271,7 +259,7 @@ def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processe
     manifest = processes.by_first(CALL, lambda: _begun(path, live, largest))
     processes.each(CALL, lambda: _refuse_elsewhere(path, manifest))
     problem, limit = live.problem, int(manifest["limit"])
-    device, source = problem.plan.example_parameter.device, LimitedSource(problem.source, limit)
+    device, source = problem.plan.example_parameter.device, in_pieces(problem.source, limit)
     live = live.of(limit=int(manifest.get("made", limit)))
     first = processes.before(lambda: sum(1 for _ in source))
     # All that is there is known to be of these data before anything is written: what is refused is left as it was.
@@ -281,7 +269,7 @@ def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processe
         shown = bar(None, "rows", "blocks", shown=problem.progress)
         for number, (place, batch) in enumerate(beside(shown, source.numbered()), first):
             if number not in own:
-                one = replace(problem, source=_OneBatch(batch, place), progress=False)
+                one = replace(problem, source=_only(source, place, batch), progress=False)
                 own[number] = _entry(number, batch, _write(path / _name(number), joined(list(live.of(one))), batch))
             shown.update()
         return [own[number] for number in sorted(own)]
@@ -312,18 +300,9 @@ def read_blocks(folder: str | Path, fisher: FisherOperator, damping: float) -> F
     return FolderBlocks(path, space, fisher.device, manifest, basis)
 
 
-class _OneBatch(Source):
-    """A batch as data, and its number among all."""
-
-    def __init__(self, batch: Batch, number: int) -> None:
-        super().__init__([])
-        self.batch, self.number = batch, number
-
-    def __iter__(self) -> Iterator[Batch]:
-        yield self.batch
-
-    def numbered(self) -> Iterator[tuple[int, Batch]]:
-        yield self.number, self.batch
+def _only(source: Source, number: int, batch: Batch) -> CutSource:
+    """One batch of a source."""
+    return CutSource(source, lambda _: iter([(number, batch)]))
 
 
 # -- a block's file ----------------------------------------------------------------------------------------------------
@@ -375,7 +354,7 @@ def _damaged(path: Path, reason: str) -> FileFormatError:
 # -- the folder and its manifest ---------------------------------------------------------------------------------------
 
 
-def _there(path: Path, source: LimitedSource, device: torch.device, first: int) -> dict[int, dict[str, Any]]:
+def _there(path: Path, source: Source, device: torch.device, first: int) -> dict[int, dict[str, Any]]:
     """The blocks that need not be made, by number; those of other examples are refused."""
     found, start = {}, 0
     for number, batch in enumerate(source, first):

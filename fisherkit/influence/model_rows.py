@@ -41,7 +41,7 @@ from fisherkit.outputs import OutputRule, Outputs, OutputVectors
 from fisherkit.rows.collection import Rows
 from fisherkit.rows.plan import Plan
 from fisherkit.rows.problem import Problem
-from fisherkit.rows.streamed import ThinnedSource, thinned
+from fisherkit.rows.streamed import every_kth, every_kth_example
 from fisherkit.rows.verified import plan_again, plan_of
 from fisherkit.space import ParameterSpace
 from fisherkit.vectors import EmpiricalVectors
@@ -268,14 +268,14 @@ class ModelRows:
         for block in blocks:
             first = -seen % stride
             if not taken or first < block.rows.count:
-                taken.append(thinned(block.rows, stride, first))
+                taken.append(every_kth(block.rows, stride, first))
             seen += block.rows.count
         return Rows.cat(taken)
 
     @staticmethod
     def every(blocks: LiveBlocks, stride: int, before: int = 0) -> list[Rows]:
         """The same in parts, of data that so many examples precede; none where no place is meant."""
-        source = ThinnedSource(blocks.problem.source, stride, before)
+        source = every_kth_example(blocks.problem.source, stride, before)
         if next(iter(source), None) is None:
             return []
         return [block.rows for block in blocks.of(replace(blocks.problem, source=source))]

@@ -156,7 +156,7 @@ class PartsFile:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Of all parts."""
+        """What `put` was given to be known of each part."""
         return [entry["record"] for entry in self._entries()]
 
     def _entries(self) -> list[dict[str, Any]]:

@@ -289,11 +289,7 @@ class _BlockFactorization(Factorization):
         shares = torch.stack([part.norm(dim=0) for part in parts])
         total = shares.norm(dim=0)
         residual = (torch.stack([info.residual for info in infos]) * shares).norm(dim=0)
-        info = SolveInfo(
-            method=" + ".join(sorted({info.method for info in infos})), steps=max(info.steps for info in infos),
-            residual=residual / torch.where(total > 0, total, 1), converged=all(info.converged for info in infos),
-            damping=self.damping,
-        )  # fmt: skip
+        info = SolveInfo.of_parts(infos, residual / torch.where(total > 0, total, 1), self.damping)
         return self._whole._scatter([solution for solution, _ in solved]), info
 
     def _logdet(self) -> Float[Tensor, ""]:

@@ -94,7 +94,7 @@ class PackedOperator(ForwardingOperator):
 
     @property
     def held(self) -> FisherOperator:  # type: ignore[override]
-        """The wide form."""
+        """The operator of all tensors in the vectors' dtype."""
         found = _LATEST.get(self)
         if found is None:
             _LATEST.clear()

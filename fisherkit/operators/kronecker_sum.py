@@ -64,7 +64,7 @@ class _Terms:
 
     @property
     def mean_eigenvalue(self) -> Float[Tensor, ""]:
-        """Of the sum."""
+        """The mean eigenvalue of the sum."""
         pairs = zip(self.gradients, self.activations, strict=True)
         return torch.stack([_mean_eigenvalue(g) * _mean_eigenvalue(a) for g, a in pairs]).sum()
 
@@ -258,11 +258,11 @@ class _System:
         self._scales = self._weights - self._d * l_ + k * (self._s * l_ - self._e)
 
     def product(self, columns: Float[Tensor, "n 1"]) -> Float[Tensor, "n 1"]:
-        """With the sum."""
+        """The product with the sum."""
         y = columns.reshape(self._weights.shape)
         z = y @ self._l
         return (self._weights * y - self._d * z + self._k @ (self._s * z - y * self._e)).reshape(-1, 1)
 
     def precondition(self, columns: Float[Tensor, "n 1"]) -> Float[Tensor, "n 1"]:
-        """With the diagonal's inverse."""
+        """The product with the inverse of its diagonal."""
         return (columns.reshape(self._scales.shape) / self._scales).reshape(-1, 1)

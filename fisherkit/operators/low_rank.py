@@ -36,7 +36,7 @@ from fisherkit.rows import restore_rows
 from fisherkit.rows.base import spans
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.shared import SharedRows
-from fisherkit.rows.streamed import StreamedRows, thinned
+from fisherkit.rows.streamed import StreamedRows, every_kth
 from fisherkit.space import ParameterSpace
 
 UNBOUNDED = 1 << 62
@@ -223,7 +223,7 @@ class LowRankOperator(FisherOperator):
                 row_bytes = rows.problem.row_bytes(rows.space.names) / rows.problem.vectors_per_example
             stride = sample_stride(rows.count, self.size, row_bytes, self.memory_budget)
             if stride is not None:
-                sample = thinned(rows, stride)
+                sample = every_kth(rows, stride)
                 return SampledInverse(sample, self.scale * rows.count / sample.count, damping)
         return None if rows.count < self.size else diagonal_inverse(self, damping)
 
@@ -306,7 +306,7 @@ class _GramFactorization(Factorization):
 
     def _least_rounding(self, rows: Rows) -> float:
         """What rounding leaves at least, as a few rows and the trace tell; 0 if F + λI may have no Cholesky factor."""
-        some = thinned(rows, rows.count // PILOT)
+        some = every_kth(rows, rows.count // PILOT)
         sums = rows.cross_gram(some, precise=False).abs().sum(0)
         ones = torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
         largest, trace = torch.stack([sums.max(), rows.weighted_squares(ones).double().sum()]).tolist()

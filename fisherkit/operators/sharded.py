@@ -290,10 +290,7 @@ class _ShardedFactorization(Factorization):
         solution = whole._product("solve", self._own, solved, columns)
         infos = [info for one in whole.processes.gathered(told) for info in one]
         residual = relative_residual(whole._matmat, solution, columns, damping=self.damping)
-        return solution, SolveInfo(
-            method=" + ".join(sorted({info.method for info in infos})), steps=max(info.steps for info in infos),
-            residual=residual, converged=all(info.converged for info in infos), damping=self.damping,
-        )  # fmt: skip
+        return solution, SolveInfo.of_parts(infos, residual, self.damping)
 
     def _logdet(self) -> Float[Tensor, ""]:
         return self._whole._total("logdet", self._own, lambda own: own._logdet())

@@ -67,7 +67,7 @@ class RowDamped(OutputRule):
 
     @property
     def along_gradient(self) -> bool:
-        """As the kind's."""
+        """Whether the damped kind's vector is."""
         return self.rule.along_gradient
 
     def kind_options(self) -> dict[str, str]:

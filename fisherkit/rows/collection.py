@@ -38,7 +38,7 @@ class RowSource(ABC):
     @property
     @abstractmethod
     def count(self) -> int:
-        """R."""
+        """R, the number of rows."""
 
     def settled(self, columns: int | None = None) -> RowSource:
         """What answers a product with so many columns, or with None any other question: itself, or rows made of it."""
@@ -188,12 +188,12 @@ class Rows(RowSource):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows."""
+        """The rows' dtype."""
         return self.slots[0].rows.floating.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the rows."""
+        """The device on which the rows are."""
         return self.slots[0].rows.floating.device
 
     def some(self, span: slice) -> Rows:
@@ -289,7 +289,7 @@ class Rows(RowSource):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Bytes that the rows take in memory."""
         return sum(slot.rows.nbytes for slot in self.slots)
 
 

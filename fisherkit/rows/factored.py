@@ -52,7 +52,7 @@ class FactoredRows(UnitRows):
 
     @property
     def positions(self) -> int:
-        """T."""
+        """T, the positions that an example has."""
         return self.activations.shape[1]
 
     def matmul(self, u: Float[Tensor, "d K"]) -> Float[Tensor, "R K"]:

@@ -84,7 +84,6 @@ class LastLayerRows(FactoredRows):
 
     @property
     def floating(self) -> Tensor:
-        """The layer's inputs."""
         return self.activations[:]
 
     @property

@@ -111,7 +111,7 @@ class Owned:
         return (self.table < len(self.owner)).repeat_interleave(each, 1)
 
     def described(self, lead: torch.Size) -> str:
-        """For `coverage`."""
+        """What `coverage` says of entries with an owner each."""
         return "by owner"
 
 

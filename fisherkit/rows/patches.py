@@ -46,7 +46,7 @@ class Patches:
 
     @property
     def device(self) -> torch.device:
-        """The input's."""
+        """The device of the input."""
         return self.x.device
 
     def __getitem__(self, index: slice | Int[Tensor, "n"]) -> Float[Tensor, "n T I"]:
@@ -99,7 +99,7 @@ class Patches:
         return replace(self, x=self.x.unflatten(0, (-1, self.group))[index].flatten(0, 1))
 
     def double(self) -> Patches:
-        """In float64."""
+        """The same patches in float64."""
         return replace(self, x=self.x.double())
 
     def stacks_with(self, other: Patches) -> bool:

@@ -59,7 +59,7 @@ class Probe:
 
     @cached_property
     def batch(self) -> Batch:
-        """The two examples."""
+        """The two examples on which rules are verified."""
         return self._first.take(two_of(self._first, self._alone))
 
 
@@ -216,7 +216,7 @@ class Plan(Findings):
 
     @cached_property
     def generic(self) -> list[Unit]:
-        """The others."""
+        """The units without a rule."""
         return [unit for unit in self.units if not isinstance(unit, RuledUnit)]
 
     def rule_name(self, unit: Unit) -> str:

@@ -69,7 +69,7 @@ class Tally(NamedTuple):
 
     @classmethod
     def of(cls, parts: Iterable[Tally]) -> Tally:
-        """Of all parts."""
+        """The sums of several counts."""
         examples, rows, dropped, squares = zip(cls(), *parts, strict=True)
         return cls(sum(examples), sum(rows), tuple(itertools.chain(*dropped)), sum(squares))
 

@@ -87,7 +87,7 @@ class Use:
 
     @property
     def sources(self) -> tuple[str | Derived | None, str | Derived | None]:
-        """Weight and bias."""
+        """Weight and bias, each by its parameter's name or as what it is made of; None where it was not chosen."""
         return self.weight, self.bias
 
     @property
@@ -193,7 +193,6 @@ class ConvolutionRule(LinearRule):
         return Patches(use.arguments["input"].detach(), kernel, stride, dilation, pads)
 
     def gradients(self, use: Use, gradient: Float[Tensor, "k ..."]) -> Float[Tensor, "k E t o"]:
-        """Channels last."""
         return gradient.flatten(3).transpose(2, 3)
 
 
@@ -256,7 +255,6 @@ class EmbeddingRule(Rule):
         return torch.where(ids == padding % use.arguments["weight"].shape[0], torch.zeros_like(g), g)
 
     def rows(self, use: Use, a: Activations, g: Float[Tensor, "R T o"], example: Int[Tensor, "R"] | None) -> UnitRows:
-        """Sparse."""
         return SparseRows.gathered(_per_row(a, g, example).squeeze(-1), g, use.arguments["weight"].shape[0])
 
 
@@ -276,7 +274,6 @@ class NormalizationRule(Rule):
         return len(use.output_shape) - 1 if self.channels_second else len(use.arguments["normalized_shape"])
 
     def activations(self, use: Use) -> Float[Tensor, "E t i"]:
-        """The normalized input."""
         plain = {**use.arguments, "weight": None, "bias": None, "input": use.arguments["input"].detach()}
         x = self.function(*(plain[name] for name in self.signature if name in plain))
         return self.gradients(use, x.unsqueeze(0)).squeeze(0)
@@ -432,7 +429,6 @@ class ContractionRule(LinearRule):
         self.transposed = transposed
 
     def features(self, use: Use) -> int:
-        """Outputs and columns."""
         letters: Letters = use.arguments["letters"]
         return len(letters.outputs + letters.columns)
 

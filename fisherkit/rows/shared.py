@@ -38,7 +38,7 @@ class SharedRows(RowSource):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows."""
+        """The rows' dtype."""
         return self._stored.dtype
 
     @property

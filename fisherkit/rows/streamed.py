@@ -28,7 +28,7 @@ from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherkit.arithmetic import HALF, all_finite, overflow
-from fisherkit.data import Batch, Source
+from fisherkit.data import Batch, CutSource, Source
 from fisherkit.errors import FisherkitError
 from fisherkit.randomness import untouched_rng
 from fisherkit.rows.base import spans
@@ -198,33 +198,27 @@ def products_before_rows(plan: Plan, vectors: int, examples: int) -> float:
     return float(math.ceil(making / saved)) if saved > 0 else math.inf
 
 
-class ThinnedSource(Source):
+def every_kth_example(source: Source, stride: int, before: int = 0) -> CutSource:
     """Every k-th example (``stride``) of the data and of so many examples ``before`` them."""
 
-    def __init__(self, source: Source, stride: int, before: int = 0) -> None:
-        super().__init__(source.batches, source.model)
-        self.source, self.stride, self.before = source, stride, before
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (batch for _, batch in self.numbered())
-
-    def numbered(self) -> Iterator[tuple[int, Batch]]:
-        """The same with the numbers that all of the data give them."""
-        seen = self.before
-        for number, batch in self.source.numbered():
-            first = -seen % self.stride
+    def cut(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        seen = before
+        for number, batch in batches:
+            first = -seen % stride
             if first < batch.size:
-                yield number, batch.take(slice(first, None, self.stride))
+                yield number, batch.take(slice(first, None, stride))
             seen += batch.size
 
+    return CutSource(source, cut)
 
-def thinned(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
+
+def every_kth(rows: Rows | StreamedRows, stride: int, first: int = 0) -> Rows:
     """Rows of every k-th example; for stored ones every k-th row from the first.
 
     Cost: streamed, reading the data once, and the rows of the examples that are taken.
     """
     if isinstance(rows, StreamedRows):
-        source = ThinnedSource(rows.problem.source, stride)
+        source = every_kth_example(rows.problem.source, stride)
         problem = replace(rows.problem, source=source, progress=False, checks=BatchChecks())
         return Rows.cat([chunk.rows for chunk in problem.batches("sample")])
     return rows.reordered(torch.arange(first, rows.count, stride, device=rows.device)).compact()

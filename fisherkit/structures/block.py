@@ -30,7 +30,7 @@ class NormalMatrix(UnitSums):
 
     @classmethod
     def of(cls, rows: UnitRows | Rows) -> NormalMatrix:
-        """Of some rows."""
+        """The matrix of some rows."""
         dense = rows.dense()
         return cls(dense.mT @ dense)
 
@@ -69,7 +69,7 @@ class BlockSums(Sums):
 
     @property
     def whole(self) -> Rows | SharedRows | None:
-        """The rows."""
+        """The rows that were kept, of all processes where there are several."""
         return self.everyones or self.kept
 
 

@@ -45,7 +45,6 @@ class Diagonal(LayerStructure):
         return DiagonalOperator(self.space, whole if scale == 1 else whole.mul_(scale))
 
     def parts(self, sums: LayerSums, operator: FisherOperator) -> Parts:
-        """Each unit's entries."""
         if self.kept is not None:
             return super().parts(sums, operator)
 

@@ -68,7 +68,7 @@ class KeptRows(Sums):
 
     @property
     def whole(self) -> Rows | SharedRows:
-        """The rows."""
+        """The rows that were kept, of all processes where there are several."""
         found = self.everyones or self.rows
         if found is None:
             raise LookupError("no rows have been added")

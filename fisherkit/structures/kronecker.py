@@ -73,13 +73,13 @@ class SecondMoment:
         return SecondMoment(self.width, (), None, self.thin, None if total is None else [total])
 
     def scaled(self, weight: float) -> SecondMoment:
-        """Times a number."""
+        """The sum times a number."""
         if self.few:
             return replace(self, vectors=tuple(x * weight**0.5 for x in self.vectors))
         return replace(self, matrix=weight * self.dense(), own=None)
 
     def merge(self, other: SecondMoment) -> SecondMoment:
-        """With another pass's."""
+        """With the sum of another pass."""
         if other.few:
             mine = self if self.few else replace(self, matrix=self.dense(), own=None)
             return mine.add(*other.vectors) if other.vectors else self
@@ -252,7 +252,6 @@ class KroneckerFactors(UnitSums):
 
     @property
     def decomposition_cost(self) -> float:
-        """Of both factors."""
         return float(self.activation.width**3 + self.gradient.width**3)
 
     def eigenpairs(self, known: Any, due: bool, rank: int | None) -> tuple[Spectrum, Spectrum]:
