@@ -173,8 +173,10 @@ def _refuse_infinite(records: Mapping[tuple[Names, str], UnitSums], call: str, d
 
 
 def _check(record: UnitSums, space: ParameterSpace, like: Tensor) -> None:
-    """ValueError, or what a product raises, unless a record is of these parameters."""
+    """ValueError, or what a product raises, unless a record is of these parameters and finite."""
     columns = torch.zeros(space.size, 1, dtype=at_least_single(like.dtype), device=like.device)
     operator = record.operator(space, 1.0)
     if operator.dtype != columns.dtype or operator._matmat(columns).shape != columns.shape:
         raise ValueError(f"averages of {', '.join(space.names)} in another dtype or of another shape")
+    if not all_finite(*record.tensors().values()):
+        raise ValueError(f"averages of {', '.join(space.names)} with NaN or infinite entries")
