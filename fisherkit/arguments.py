@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -23,6 +24,17 @@ def is_integer(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is an integer or a float; True and False are neither."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value: float) -> bool:
+    """Whether floating point has it; of integers, which may be beyond, too."""
+    return abs(value) <= sys.float_info.max
+
+
+def shown(value: float) -> str:
+    """A number for an error; Python prints no integer of thousands of digits."""
+    beyond = isinstance(value, int) and not is_finite(value)
+    return f"an integer of {value.bit_length():,} bits" if beyond else repr(value)
 
 
 def check_number(
@@ -46,13 +58,13 @@ def check_number(
     if not (is_integer(value) if integer else is_number(value)):
         raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", f"{kind} {none}".strip(), **advice)
     inside = (least < value if above else least <= value) and (value < most if below else value <= most)
-    if not (inside and abs(value) < math.inf):
+    if not (inside and (integer or is_finite(value))):
         if most < math.inf:
             span = f" {'above' if above else 'from'} {least:g} {'and' if above else 'to'} {'below ' * below}{most:,}"
         else:
             kind = kind if integer else "a finite number"
             span = f" above {least:g}" if above else f", {least:g} or more" if least > -math.inf else ""
-        raise InvalidArgumentError(call, f"{name}={value!r}", kind + span + f", {none}" * optional, **advice)
+        raise InvalidArgumentError(call, f"{name}={shown(value)}", kind + span + f", {none}" * optional, **advice)
     return value if integer else float(value)
 
 

@@ -20,7 +20,7 @@ from fisherkit.arithmetic import all_finite, at_least_single, finite_by, may_ove
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, SingularMatrixError, listed
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator
-from fisherkit.optim.averages import Averages, LayerDamping
+from fisherkit.optim.averages import Averages, LayerDamping, require_finite
 from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import explained
 from fisherkit.optim.passes import Captured, lifted
@@ -387,8 +387,7 @@ class Curvature:
             momentum = state.get("momentum", {}) if fits and self.settings.gradient_momentum else {}
             of = {name: parameters[name] for name in momentum}
             kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}
-            if not all_finite(*kept.values()):
-                raise ValueError("momentum with NaN or infinite entries")
+            require_finite("momentum", kept.values())
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # without a checksum
             raise InvalidArgumentError(
                 call, f"a state whose averages cannot be read ({error!r})",

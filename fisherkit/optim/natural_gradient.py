@@ -15,7 +15,7 @@ from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeEr
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.averages import LayerDamping
+from fisherkit.optim.averages import LayerDamping, require_finite
 from fisherkit.optim.curvature import Curvature, Watching, check_has
 from fisherkit.optim.settings import StepSettings, check_damping_choice, check_trust_region, whole_model
 from fisherkit.outputs import OutputRule
@@ -273,8 +273,9 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         """The inverse of `state_dict`; steps go on bit for bit.
 
         Raises:
-            InvalidTypeError, InvalidArgumentError: it is of another kind, likelihood, structure, damping or model,
-                another optimizer's, or damaged, or has numbers that are not finite; nothing is changed.
+            InvalidArgumentError: it is of another kind, likelihood, structure, damping or model, another optimizer's,
+                damaged, or has numbers that are not finite; nothing is changed.
+            FisherkitError: in another of its forms, for settings of another type.
         """
         check_has(state_dict, ("param_groups", "curvature"), CALL)
         # torch.distributed.checkpoint leaves out what is empty, and writes every key as a string.
@@ -334,8 +335,7 @@ def _check_state(groups: Any, own: Any, state: Mapping[Any, Mapping[str, Tensor]
     pairs = zip(numbers, parameters, strict=False)  # of another number, torch says it
     if odd := [number for number, p in pairs if any(m.shape != p.shape for m in state.get(number, {}).values())]:
         raise ValueError(f"momentum of other shapes than those of the parameters {odd}")
-    if not all_finite(*(m for one in state.values() for m in one.values())):
-        raise ValueError("momentum with NaN or infinite entries")
+    require_finite("momentum", (m for one in state.values() for m in one.values()))
 
 
 def _with_parameters(group: Any, names: Mapping[int, str], call: str) -> dict[str, Any]:
