@@ -33,8 +33,9 @@ def is_finite(value: float) -> bool:
 
 def shown(value: float) -> str:
     """A number for an error; Python prints no integer of thousands of digits."""
-    beyond = isinstance(value, int) and not is_finite(value)
-    return f"an integer of {value.bit_length():,} bits" if beyond else repr(value)
+    if isinstance(value, int) and not is_finite(value):
+        return f"an integer of {value.bit_length():,} bits"
+    return repr(value)
 
 
 def check_number(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fisherkit.arguments import check_number, is_integer
@@ -379,7 +379,7 @@ class Categorical(Likelihood):
         """Weighted and smoothed cross-entropy; 0 at labels that are ignored."""
         target, weight = self.fitting(z, target, None), None if self.weight is None else self.weight.to(z)
         if not target.is_floating_point():
-            self._counting(z, target.long(), -1, f"{type(self).__name__}.loss")
+            self._refuse_others(z, target.long(), -1, f"{type(self).__name__}.loss")
         losses = F.cross_entropy(
             z.reshape(-1, z.shape[-1]), target.reshape(-1, z.shape[-1]) if target.is_floating_point()
             else target.long().flatten(), weight, reduction="none", ignore_index=self.ignore_index,
@@ -619,14 +619,16 @@ class Categorical(Likelihood):
                 else "the classes are on axis 1 of the outputs", try_=advice,
             )  # fmt: skip
         target = target.reshape(z.shape[:2]).long()
-        return z, target, self._counting(raw, target, self.class_axis, call)
-
-    def _counting(self, z: Tensor, target: Int[Tensor, "..."], axis: int, call: str) -> Bool[Tensor, "..."]:
-        """Which labels count; those that are no class of outputs z, with the classes on an axis, are refused."""
-        mask, c = target != self.ignore_index, z.shape[axis]
         least, most = torch.stack(target.aminmax()).tolist() if target.numel() else (0, 0)
-        wrong = mask & ((target < 0) | (target >= c)) if least < 0 or most >= c else None
-        if wrong is not None and bool(wrong.any()):
+        if least < 0 or most >= c:
+            self._refuse_others(raw, target, self.class_axis, call)
+        return z, target, target != self.ignore_index
+
+    def _refuse_others(self, z: Tensor, target: Int[Tensor, "..."], axis: int, call: str) -> None:
+        """Refuse labels that are no class of outputs z, with the classes on an axis, and not to be ignored."""
+        c = z.shape[axis]
+        wrong = (target != self.ignore_index) & ((target < 0) | (target >= c))
+        if bool(wrong.any()):
             bad = target[wrong].unique().tolist()
             raise DataError(
                 call, f"label{'s' if len(bad) > 1 else ''} {listed(map(str, bad))}",
@@ -634,7 +636,6 @@ class Categorical(Likelihood):
                 why=f"the outputs {shape_text(z)} have {c} classes on axis {axis}",
                 try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'",
             )  # fmt: skip
-        return mask
 
     def _probabilities(self, target: Tensor, call: str) -> Float[Tensor, "B P C"]:
         q = self.positions(target, call)

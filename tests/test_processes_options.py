@@ -81,6 +81,11 @@ def load(rank: int, folder: str) -> None:
     fk.load(path, shard=True, device="nowhere" if rank else "cpu")
 
 
+def others(fisher: Any) -> Any:
+    space = fk.ParameterSpace(("other",), ((fisher.size,),))
+    return fk.operators.DiagonalOperator(space, torch.ones(fisher.size, dtype=torch.float64))
+
+
 def draw(fisher: Any, _: Tensor, rank: int) -> None:
     fisher.factorize(0.1).sample(torch.Generator().manual_seed(0), 2 + rank)
 
@@ -134,6 +139,12 @@ CASES: dict[str, tuple[Callable[[int, str], Any], str]] = {
             ("a multiple of text", lambda f, _, r: f * ("x" if r else 2.0), "scale of type str"),
             ("a negative multiple", lambda f, _, r: f * (1.0 - 2.0 * r), "scale=-1.0"),
             ("a part", lambda f, _, r: f / (1.0 - r), "divisor"),
+            ("a sum with text", lambda f, _, r: f + ("x" if r else f), "a str"),
+            ("text and a sum", lambda f, _, r: ("x" if r else f) + f, "'x'"),
+            ("a sum with others", lambda f, _, r: f + (others(f) if r else f), "different parameters"),
+            ("a form of nothing", lambda f, v, r: f.quadratic_form({} if r else v), "missing names"),
+            ("a form of a number", lambda f, v, r: f.quadratic_form(3 if r else v), "a int"),
+            ("a form of names", lambda f, v, r: f.quadratic_form(f.space.unflatten(v) | dict([("no", v)] * r)), "'no'"),
             ("no draws", lambda f, _, r: f.factorize(0.1).sample(None, 1 - r), "n=0"),
             ("draws by seed", lambda f, _, r: f.factorize(0.1).sample(0 if r else None), "a int as generator"),
         )
