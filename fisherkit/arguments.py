@@ -15,6 +15,9 @@ import torch
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 
+LARGEST = sys.float_info.max
+"""Of floating point; integers may be larger."""
+
 
 def is_integer(value: object) -> TypeGuard[int]:
     """Whether it is an integer; True and False are none."""
@@ -26,14 +29,9 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_finite(value: float) -> bool:
-    """Whether floating point has it; of integers, which may be beyond, too."""
-    return abs(value) <= sys.float_info.max
-
-
 def shown(value: float) -> str:
     """A number for an error; Python prints no integer of thousands of digits."""
-    if isinstance(value, int) and not is_finite(value):
+    if isinstance(value, int) and abs(value) > LARGEST:
         return f"an integer of {value.bit_length():,} bits"
     return repr(value)
 
@@ -59,7 +57,7 @@ def check_number(
     if not (is_integer(value) if integer else is_number(value)):
         raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", f"{kind} {none}".strip(), **advice)
     inside = (least < value if above else least <= value) and (value < most if below else value <= most)
-    if not (inside and (integer or is_finite(value))):
+    if not (inside and (integer or abs(value) <= LARGEST)):
         if most < math.inf:
             span = f" {'above' if above else 'from'} {least:g} {'and' if above else 'to'} {'below ' * below}{most:,}"
         else:

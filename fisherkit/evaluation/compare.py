@@ -67,7 +67,9 @@ class QualityRow:
     seconds: float
 
 
-_PLAIN: dict[str, Any] = {"str": str, "int": int, "float": float | int, "float | None": float | int | None}
+_PLAIN: dict[str, Any] = {
+    "str": str, "int": int, "float": float | int, "float | None": float | int | None, "tuple[QualityRow, ...]": tuple,
+}  # fmt: skip
 """What values of a table's fields are."""
 
 
@@ -101,12 +103,8 @@ class QualityTable:
         try:
             rows = tuple(QualityRow(**row) for row in found["rows"])
             table = cls(rows, found["examples"], found["dropped"], found["seconds"])
-            values = [
-                (f, getattr(one, f.name))
-                for one in (table, *rows)
-                for f in fields(one)
-                if one is not table or f.name != "rows"
-            ]
+            parts: tuple[QualityTable | QualityRow, ...] = (table, *rows)
+            values = [(f, getattr(one, f.name)) for one in parts for f in fields(one)]
             odd = [f"{f.name}={value!r}" for f, value in values if not isinstance(value, _PLAIN[str(f.type)])]
         except (LookupError, TypeError) as error:
             odd = [repr(error)]

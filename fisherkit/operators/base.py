@@ -121,7 +121,7 @@ class FisherOperator(ABC):
     @without_autocast()
     def quadratic_form(self, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "..."]:
         """vᵀ F v, a scalar for one vector, ``[K]`` for columns; float64."""
-        columns = self._columns(v, "quadratic_form")[0]
+        columns = self._columns(v, "quadratic_form")[0]  # type: ignore[type-var]
         values = (columns.double() * self._matmat(columns).double()).sum(0)
         flat = self.space.flatten(v) if isinstance(v, Mapping) else v
         return values[0] if flat.ndim == 1 else values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fisherkit.arguments import is_finite, is_number, shown
+from fisherkit.arguments import LARGEST, is_number, shown
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 
 
@@ -49,7 +49,7 @@ def check_damping(damping: float, call: str) -> float:
         raise InvalidTypeError(
             call, f"damping of type {type(damping).__name__}", "a float or fk.RelativeDamping", try_="float(damping)"
         )
-    if not is_finite(damping) or damping < 0:
+    if not 0 <= damping <= LARGEST:
         raise InvalidArgumentError(
             f"{call}(damping={shown(damping)})", f"damping {shown(damping)}", "a finite number, 0 or more",
             why="F + damping·I must stay positive semi-definite",
