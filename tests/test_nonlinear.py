@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from fisherkit.rows.differentiable import HOOKS_FIRE
 from tests import by_hand
 
 Change = Callable[[Tensor], Tensor]
@@ -377,3 +379,48 @@ def test_matrix__of_hooks_that_read_what_the_forward_pass_left(
     assert net.__dict__.get("gate") is kept
     expected = by_hand.fisher(net, (X, Y), kind)
     torch.testing.assert_close(found, expected.diag().diag() if "structure" in options else expected)
+
+
+def steps_of(cls: Any, model: nn.Module) -> None:
+    optimizer = cls(model, lr=0.1, damping=0.1, structure="kfac")
+    for _ in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    optimizer.close()
+
+
+DATA = [(X, Y)] * 2
+PASSES: dict[str, Callable[[nn.Module], object]] = {
+    **{f"{kind}, {structure}": lambda m, k=kind, s=structure: fk.FisherApproximation(m, DATA, k, structure=s)
+       for kind in ("ef", "exact") for structure in ("full", "ekfac")},
+    "streamed": lambda m: fk.EmpiricalFisher(m, DATA, storage="stream").trace(),
+    "gradient": lambda m: fk.evaluation.loss_gradient(m, (X, Y)),
+    "scores": lambda m: fk.influence.InfluenceScores(
+        fk.EmpiricalFisher(m, DATA, structure="kfac"), m, damping=0.1).scores((X, Y), (X, Y)),
+    "steps": lambda m: steps_of(fk.optim.NaturalGradient, m),
+    "steps beside": lambda m: steps_of(fk.optim.Preconditioner, m),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["model", "module"])
+@pytest.mark.parametrize("name", PASSES)
+def test_hook__that_torch_warns_of_is_told_in_users_own_passes_alone(name: str, place: str) -> None:
+    """As torch does without the package: once for a line that calls backward, and not at lines of this package."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 5), nn.Tanh()), nn.Linear(5, 3)).double()
+    (model if place == "model" else model[0]).register_full_backward_hook(lambda *_: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        PASSES[name](model)
+        assert HOOKS_FIRE not in warnings.filters
+    assert [one.filename for one in caught] == [__file__] * name.startswith("steps"), [str(one) for one in caught]
+
+
+def test_hook__beside_a_model_that_resets_all_filters() -> None:
+    class Resetting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.resetwarnings()
+            return super().forward(x)
+
+    with warnings.catch_warnings():
+        fk.ExactFisher(Resetting(3, 3).double(), (X, Y))

@@ -41,9 +41,55 @@ def gram_update(J: Tensor, t: Tensor) -> Tensor:
 # -- dropout -----------------------------------------------------------------------------------------------------------
 
 
+class DropPath(nn.Module):
+    """Stochastic depth as vision models have it: whole examples of a branch are dropped, the others scaled."""
+
+    def __init__(self, p: float, by: str) -> None:
+        super().__init__()
+        self.p, self.by = p, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        shape, keep = (len(x),) + (1,) * (x.ndim - 1), 1 - self.p
+        if self.by == "bernoulli":
+            return x * x.new_empty(shape).bernoulli_(keep).div_(keep)
+        return x.div(keep) * (keep + torch.rand(shape, dtype=x.dtype)).floor_()
+
+
+class Branch(nn.Module):
+    """x + a branch of it that is dropped."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branch, self.drop = nn.Linear(5, 5).double(), DropPath(0.4, by)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.branch(x))
+
+
+DROPS: dict[str, Any] = {
+    "dropout": lambda: nn.Dropout(0.4), "bernoulli": lambda: Branch("bernoulli"), "rand": lambda: Branch("rand"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["bernoulli", "rand"])
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+def test_drop_path__in_a_build_needs_eval_mode_where_it_is_not_there(structure: str, by: str) -> None:
+    model, plain = mlp(Branch(by)), mlp(Branch(by))
+    plain[1].drop = nn.Identity()
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=r"Try: model.eval\(\)"):
+        fk.EmpiricalFisher(model.train(), (X, Y), structure=structure)
+    found, expected = (fk.EmpiricalFisher(m.eval(), (X, Y), structure=structure) for m in (model, plain))
+    assert torch.equal(found.to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize("drop", DROPS)
 @pytest.mark.parametrize("kind", ["ef", "ief", "exact"])
-def test_dropout__rows_are_those_of_the_masks_that_the_loss_saw(kind: str) -> None:
-    model = mlp(nn.Dropout(0.4)).train()
+def test_dropout__rows_are_those_of_the_masks_that_the_loss_saw(kind: str, drop: str) -> None:
+    model = mlp(DROPS[drop]()).train()
     twin = copy.deepcopy(model)
     torch.manual_seed(3)
     J, s = rows_of(twin, twin, X, Y)

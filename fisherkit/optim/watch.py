@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from fisherkit.rows.differentiable import OWN_PASS
+from fisherkit.rows.differentiable import HOOKS_FIRE, OWN_PASS
 from fisherkit.rows.record import Recorder
 
 Begins: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Recorder | None]
@@ -70,9 +71,12 @@ class Watch:
             one._quiet += 1
         for recorder in recorders:
             recorder.muted += 1
+        warnings.filters.insert(0, HOOKS_FIRE)  # type: ignore[attr-defined]
         try:
             yield
         finally:
+            if HOOKS_FIRE in warnings.filters:
+                warnings.filters.remove(HOOKS_FIRE)  # type: ignore[attr-defined]
             for one in kin:
                 one._quiet -= 1
             for recorder in recorders:

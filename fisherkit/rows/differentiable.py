@@ -6,6 +6,8 @@ gradients in half precision away from underflow and overflow. Knows no rows.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,9 @@ OWN_PASS: ContextVar[bool] = ContextVar("OWN_PASS", default=False)
 TARGETS = (8, 0, -8)
 """Binary exponents of the largest entry that a vector goes with, in the order in which they are tried."""
 
+HOOKS_FIRE = ("ignore", re.compile("Full backward hook is firing when gradients"), UserWarning, None, 0)
+"""The filter, in passes of the package's own, of what torch says of users' hooks in users' own passes, too."""
+
 _PLAIN = {bool, int, float, str, type(None), tuple}
 _HOOKS = {name for name in vars(nn.Module()) if "_hooks" in name}
 _CONTAINERS = {dict, OrderedDict, defaultdict, list, set, deque}
@@ -45,6 +50,7 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
     token = OWN_PASS.set(True)
     flags = [p.requires_grad for p in parameters]
     fast = torch.backends.mha.get_fastpath_enabled()
+    warnings.filters.insert(0, HOOKS_FIRE)  # type: ignore[attr-defined]  # catch_warnings would show others anew
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for p, flag in zip(parameters, flags, strict=True):
@@ -53,6 +59,8 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
         with torch.inference_mode(False), torch.enable_grad(), kept_whole(model), _plain_checkpoints():
             yield
     finally:
+        if HOOKS_FIRE in warnings.filters:  # which a model may have reset
+            warnings.filters.remove(HOOKS_FIRE)  # type: ignore[attr-defined]
         OWN_PASS.reset(token)
         torch.backends.mha.set_fastpath_enabled(fast)
         for p, flag in zip(parameters, flags, strict=True):
