@@ -73,7 +73,9 @@ class Likelihood(ABC):
             cls.name = cls.__name__
         if cls.built_in:
             return
-        lost = [name for base in cls.__mro__[1:] if vars(base).get("built_in") for name in base.arguments]
+        lost = [
+            name for base in cls.__mro__[1:] if vars(base).get("built_in") for name in vars(base).get("arguments", ())
+        ]
         for name in set(lost).intersection(vars(cls)):
             raise InvalidArgumentError(
                 f"class {cls.__name__}", f"{name} as an attribute of the class", "an argument of __init__",
