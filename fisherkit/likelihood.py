@@ -21,12 +21,13 @@ from fisherkit.errors import DataError, InvalidArgumentError, listed
 Prepared = tuple[Float[Tensor, "B P C"], Tensor | None, Bool[Tensor, "B P"]]
 
 FOLLOWS: dict[str, tuple[str, ...]] = {
+    "loss": ("gradient",),
     "gradient": ("loss", "hessian_inverse_form", "target_from_gradient", "drawn_gradient"),
     "hessian_factor": (
         "hessian_rank", "hessian_columns", "hessian_matmul", "hessian_diagonal", "hessian_sum", "hessian_form",
         "hessian_inverse_form",
     ),
-    "hessian_scale": ("hessian_inverse_form",),
+    "hessian_scale": ("hessian_inverse_form", "hessian_of_targets"),
     "sample": ("channels", "sample_given"),
 }  # fmt: skip
 """A class that changes a method on the left has the derived forms of those on the right, unless it has its own."""
@@ -37,7 +38,8 @@ class Likelihood(ABC):
 
     A new one supplies `gradient`, `hessian_factor` and `sample`; the other methods have defaults that follow from these
     and are overridden where a closed form is cheaper. A subclass of another likelihood that changes one of the three
-    never keeps a closed form that followed from what it changed.
+    never keeps a closed form that followed from what it changed; where it changes `loss` alone, its gradient is the
+    loss's, by automatic differentiation.
     """
 
     name: str
@@ -50,12 +52,8 @@ class Likelihood(ABC):
     """Whether `target_from_gradient` takes any positive multiple of the gradient."""
     labels_mask = False
     """Whether targets say which positions count, and so matter to kinds that do not use them otherwise."""
-    hessian_of_targets = False
-    """Whether ∂²ℓ/∂z² depends on the target, by `hessian_scale`: the exact kind then needs targets."""
     link = ""
     """What makes probabilities of outputs, "softmax" or "sigmoid", where outputs are logits."""
-    unlikely = ""
-    """Why ℓ is no −log p(y | z) that labels can be drawn from; empty where it is."""
     support: ClassVar[tuple[float, float, str]] = (-math.inf, math.inf, "")
     """Least and largest target, and what they are; no words where all numbers are targets."""
     strict = False
@@ -76,10 +74,29 @@ class Likelihood(ABC):
             cls.name = cls.__name__
         if cls.built_in:
             return
+        lost = [
+            name for base in cls.__mro__[1:] if vars(base).get("built_in") for name in vars(base).get("arguments", ())
+        ]
+        for name in set(lost).intersection(vars(cls)):
+            raise InvalidArgumentError(
+                f"class {cls.__name__}", f"{name} as an attribute of the class", "an argument of __init__",
+                why="the inherited __init__ sets it anew on every object",
+                try_=f"def __init__(self): super().__init__({name}=...)",
+            )  # fmt: skip
         for changed, followers in FOLLOWS.items():
             for follower in followers:
                 if _place(cls, changed) < _place(cls, follower):
-                    setattr(cls, follower, vars(Likelihood)[follower])
+                    setattr(cls, follower, _gradient_of_loss if follower == "gradient" else vars(Likelihood)[follower])
+
+    @property
+    def hessian_of_targets(self) -> bool:
+        """Whether ∂²ℓ/∂z² depends on the target, by `hessian_scale`: the exact kind then needs targets."""
+        return type(self).hessian_scale is not Likelihood.hessian_scale
+
+    @property
+    def unlikely(self) -> str:
+        """Why ℓ is no −log p(y | z) that labels can be drawn from; empty where it is."""
+        return ""
 
     # -- what a likelihood says ----------------------------------------------------------------------------------------
 
@@ -356,6 +373,29 @@ class Likelihood(ABC):
             )  # fmt: skip
 
 
+def _gradient_of_loss(self: Likelihood, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
+    """∂ℓ/∂z by automatic differentiation, of a class that changes `loss` and inherits `gradient`."""
+    with torch.enable_grad():
+        leaf = z if z.requires_grad else z.detach().requires_grad_()
+        return torch.autograd.grad(self.loss(leaf, target).sum(), leaf, create_graph=z.requires_grad)[0]
+
+
+def prepared(likelihood: Likelihood, raw: Tensor, target: Tensor | None, call: str) -> Prepared:
+    """`Likelihood.prepare`, of which gradients in the model's own outputs can be told.
+
+    Raises:
+        InvalidArgumentError: a class of one's own whose z has other numbers than the model's outputs.
+    """
+    found = likelihood.prepare(raw, target, call)
+    if not likelihood.built_in and not torch.equal(likelihood.as_outputs(found[0], raw.shape).to(raw), raw):
+        raise InvalidArgumentError(
+            call, f"a {type(likelihood).__name__} whose prepare changes the outputs", "z as positions(z, call) has it",
+            why="gradients are taken in the model's own outputs, and a factor would be left out",
+            try_="the factor in gradient and hessian_factor, or in a small nn.Module around the model",
+        )  # fmt: skip
+    return found
+
+
 def _place(cls: type[Likelihood], name: str) -> int:
     """How far up the classes a method is defined; 0 for the class itself."""
     return next((i for i, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
@@ -419,7 +459,7 @@ def confirm(
         for name, (found, wanted) in forms.items():
             if not _alike(found, wanted):
                 _contradict(likelihood, name, "hessian_factor")
-    if _place(cls, "gradient") < _place(cls, "hessian_factor"):
+    if min(_place(cls, "gradient"), _place(cls, "hessian_scale")) < _place(cls, "hessian_factor"):
         shape = (*some.shape[:-1], likelihood.channels(some.shape[-1]))
         drawn = [likelihood.sample(some, torch.full(shape, u).to(some)) for u in _QUANTILES] if own is None else [own]
         for targets in drawn:

@@ -159,7 +159,6 @@ class GaussianNLL(Gaussian):
     """
 
     name = "gaussian_nll"
-    hessian_of_targets = True
     eps = 1e-6
     arguments = ("eps",)
 
@@ -281,8 +280,16 @@ class Bernoulli(_Separate):
             if isinstance(found, Tensor):  # (C, 1, 1), as torch has weights of outputs (B, C, H, W)
                 self.class_axis, found = min(self.class_axis, -found.ndim), found.flatten()
             setattr(self, name, found)
-            self.unlikely = WEIGHTED
-        self.hessian_of_targets = pos_weight is not None
+
+    @property
+    def unlikely(self) -> str:
+        """Whether weights make it no −log p."""
+        return "" if self.pos_weight is self.weight is None else WEIGHTED
+
+    @property
+    def hessian_of_targets(self) -> bool:
+        """Whether positives have another weight."""
+        return self.pos_weight is not None
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """Σ w (binary cross-entropy with logits)."""
@@ -367,8 +374,17 @@ class Categorical(Likelihood):
             found = _numbers(call, "weight", weight)
             if not isinstance(found, Tensor) or found.ndim != 1:
                 raise InvalidArgumentError(call, "weight of no axis or several", "[C]")
-            self.weight, self.hessian_of_targets = found, True
-            self.unlikely = WEIGHTED
+            self.weight = found
+
+    @property
+    def unlikely(self) -> str:
+        """Whether weights make it no −log p."""
+        return WEIGHTED if self.hessian_of_targets else ""
+
+    @property
+    def hessian_of_targets(self) -> bool:
+        """Whether classes have weights."""
+        return self.weight is not None
 
     @property
     def hard(self) -> bool:

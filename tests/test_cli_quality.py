@@ -74,6 +74,7 @@ def test_quality__prints_a_table_and_writes_files(folder: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "mean of 2 batches, 24 examples" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
     for text in ("γ/γ_SGD", "truncated:1  full", "ief          kfac", "0.0001"):
         assert text in result.stdout
     assert f"Wrote {Path('found/quality.csv')}" in result.stdout

@@ -450,3 +450,13 @@ def test_large_numbers__whose_sum_overflows_are_finite() -> None:
     assert all_finite(torch.empty(0), torch.ones(2, dtype=torch.long))
     assert not all_finite(torch.tensor([INF, -INF]))
     assert not all_finite(torch.ones(3), torch.tensor([math.nan], dtype=torch.float16))
+
+
+@pytest.mark.parametrize("place", [0, 3], ids=["of the first two", "behind them"])
+def test_outputs__that_are_not_finite_are_no_influence_of_company(place: int) -> None:
+    """The model is tried on some of the first batch before any row is made: NaN is not equal to itself."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+    x[place, 1] = math.nan
+    with pytest.raises(fk.NonFiniteError, match="data, batch 0: got model outputs with NaN"):
+        fk.EmpiricalFisher(model, (x, y), structure="diagonal")

@@ -320,6 +320,123 @@ def test_frozen_dataclass__may_be_a_likelihood() -> None:
     assert error(found.to_dense(), right.to_dense()) < 1e-12
 
 
+def test_changed_loss__is_what_the_gradient_follows() -> None:
+    """One of the two was inherited and belongs to another loss."""
+
+    class Focal(Categorical):
+        def loss(self, z: Tensor, target: Tensor) -> Tensor:
+            sure = z.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+            return -((1 - sure.exp()) ** 2) * sure
+
+    class Double(Bernoulli):
+        def loss(self, z: Tensor, target: Tensor) -> Tensor:
+            return 2 * super().loss(z, target)
+
+        def hessian_factor(self, z: Tensor) -> Tensor:
+            return 2**0.5 * super().hessian_factor(z)
+
+    model, x, y = classified()
+    rows = by_hand.rows(model, (x, y), loss=lambda z, t, reduction: Focal().loss(z, t).sum())
+    for structure in ("full", "diagonal"):
+        found = fk.EmpiricalFisher(model, (x, y), likelihood=Focal(), structure=structure).diagonal()
+        assert error(found, rows.square().mean(0)) < 1e-12
+    for make in (fk.ExactFisher, fk.TruncatedFisher):
+        with pytest.raises(fk.InvalidArgumentError, match="hessian_factor does not belong to its gradient"):
+            make(model, (x, y), likelihood=Focal())
+    with pytest.raises(fk.InvalidArgumentError, match="inherits sample"):
+        fk.SampledFisher(model, (x, y), likelihood=Focal())
+    optimizer = fk.optim.NaturalGradient(model, lr=0.1, damping=1e-2, likelihood=Focal())
+    with pytest.raises(fk.ModelError, match="target_from_gradient"):
+        Focal().loss(model(x), y).mean().backward()
+    optimizer.close()
+    labels = F.one_hot(y, 4).double()
+    for kind, times, options in (
+        (fk.EmpiricalFisher, 4, {}),
+        (fk.ExactFisher, 2, {}),
+        (fk.TruncatedFisher, 2, {"rank": 4}),
+    ):
+        make_: Any = kind
+        right = make_(model, (x, labels), likelihood="bernoulli", **options).to_dense()
+        assert error(make_(model, (x, labels), likelihood=Double(), **options).to_dense(), times * right) < 1e-12
+
+
+def test_changed_scale__is_refused_beside_the_gradient_of_another() -> None:
+    class Weighted(Categorical):
+        def hessian_scale(self, z: Tensor, target: Tensor) -> Tensor:
+            return torch.full_like(z[..., :1], 4.0)
+
+    model, x, y = classified()
+    with pytest.raises(fk.InvalidArgumentError, match="hessian_factor does not belong to its gradient"):
+        fk.ExactFisher(model, (x, y), likelihood=Weighted())
+
+
+def test_scale__of_an_own_class_needs_no_word_to_be_used() -> None:
+    """The exact kind asks for the targets that it depends on."""
+
+    class Own(Likelihood):
+        def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+            return (1 + target) * z
+
+        def hessian_factor(self, z: Tensor) -> Tensor:
+            return torch.eye(z.shape[-1], dtype=z.dtype).expand(*z.shape, -1)
+
+        def hessian_scale(self, z: Tensor, target: Tensor) -> Tensor:
+            return 1 + target
+
+        def sample(self, z: Tensor, uniform: Tensor) -> Tensor:
+            return z
+
+    model, x, _ = classified()
+    y = torch.full((30, 4), 3.0, dtype=F64)
+    right = 4 * fk.ExactFisher(model, (x, None), likelihood="gaussian").to_dense()
+    assert error(fk.ExactFisher(model, (x, y), likelihood=Own()).to_dense(), right) < 1e-12
+    with pytest.raises(fk.DataError, match="depends on them"):
+        fk.ExactFisher(model, (x, None), likelihood=Own())
+
+
+def test_weights__of_a_subclass_count_however_they_were_set() -> None:
+    class Classes(Categorical):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    class Positives(Bernoulli):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos_weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    model, x, y = classified()
+    w = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    labels = F.one_hot(y, 4).double()
+    for own, right, targets in (
+        (Classes(), nn.CrossEntropyLoss(weight=w), y),
+        (Positives(), nn.BCEWithLogitsLoss(pos_weight=w), labels),
+    ):
+        found = fk.ExactFisher(model, (x, targets), likelihood=own).to_dense()
+        assert error(found, fk.ExactFisher(model, (x, targets), likelihood=right).to_dense()) < 1e-12
+        with pytest.raises(fk.InvalidArgumentError, match="no −log p"):
+            fk.SampledFisher(model, (x, targets), likelihood=own)
+
+
+@pytest.mark.parametrize(("base", "settings"), [(Gaussian, {"variance": 0.25}), (Categorical, {"ignore_index": 2})])
+def test_setting__as_an_attribute_that_init_writes_over_is_refused(base: type, settings: dict[str, Any]) -> None:
+    with pytest.raises(fk.InvalidArgumentError, match=f"{next(iter(settings))} as an attribute of the class"):
+        type("Own", (base,), settings)
+
+
+def test_prepare__that_changes_the_outputs_is_refused() -> None:
+    """A factor that v = ∂ℓ/∂z is taken behind would be missing in Jᵀv."""
+
+    class Cold(Categorical):
+        def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Any:
+            z, target, mask = super().prepare(z, target, call)
+            return 2 * z, target, mask
+
+    model, x, y = classified()
+    with pytest.raises(fk.InvalidArgumentError, match="prepare changes the outputs"):
+        fk.EmpiricalFisher(model, (x, y), likelihood=Cold())
+
+
 def test_name__of_a_subclass_is_never_the_built_in_ones() -> None:
     """A file that says "categorical" is read as categorical."""
 

@@ -122,7 +122,7 @@ def _report(tables: Sequence[QualityTable]) -> str:
     """The mean over batches as a table for the terminal."""
     examples, dropped = sum(t.examples for t in tables), sum(t.dropped for t in tables)
     count = "1 batch" if len(tables) == 1 else f"{len(tables)} batches"
-    title = f"γ/γ_SGD, mean of {count}, {examples:,} examples. Lower is better; 1 is the gradient itself."
+    title = f"γ/γ_SGD, mean of {count}, {examples:,} examples.\nLower is better; 1 is the gradient itself."
     if dropped:
         title += f"\n{dropped:,} near-duplicates left out of the updates."
     rows = []

@@ -19,7 +19,7 @@ from fisherkit.arithmetic import all_finite, without_autocast
 from fisherkit.data import Batch, Data, Source, check_finite, model_device
 from fisherkit.errors import DataError, InvalidArgumentError, ModelError, NonFiniteError, listed
 from fisherkit.fisher import within_wrappers
-from fisherkit.likelihoods import Likelihood
+from fisherkit.likelihood import Likelihood, prepared
 from fisherkit.model_inputs import is_causal
 from fisherkit.operators import Damping, FisherOperator
 from fisherkit.randomness import untouched_rng
@@ -216,7 +216,7 @@ def _batch_gradient(
         check_finite(known, call)
         known = known if known.dtype in {torch.float32, torch.float64} else known.float()
         likelihood.check_reading(known, batch.targets, batch.batched, call)
-        z, target, mask = likelihood.prepare(known, batch.targets, call)
+        z, target, mask = prepared(likelihood, known, batch.targets, call)
         if target is None:
             raise DataError(call, "no targets", "targets", why="the loss is that of the observed labels")
         v = torch.where(mask.unsqueeze(-1), likelihood.gradient(z, target), torch.zeros_like(z))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fisherkit.arithmetic import at_least_single
 from fisherkit.errors import DataError, FisherkitError, ModelError
+from fisherkit.likelihood import prepared
 from fisherkit.optim.settings import StepSettings
 from fisherkit.outputs import Outputs
 
@@ -73,7 +74,7 @@ def seen_outputs(raw: Tensor, gradient: Tensor, settings: StepSettings, start: i
     raw, likelihood, reduction, call = raw.detach(), settings.likelihood, settings.reduction, settings.call
     place = f"{call}, forward pass"
     precise = raw if raw.dtype in {torch.float32, torch.float64} else raw.float()
-    z, _, _ = likelihood.prepare(precise, None, place)
+    z, _, _ = prepared(likelihood, precise, None, place)
     found = likelihood.gradient_at(z, likelihood.positions(gradient, place).to(z.dtype))
     # A gradient of zero is a position that does not count where labels say so; elsewhere it is a perfect fit.
     mask = found.ne(0).any(-1) if likelihood.labels_mask else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)

@@ -514,6 +514,7 @@ def _refuse_interaction(model: nn.Module, batch: Batch, z: Tensor, tolerance: fl
     same = batch.take(torch.zeros(len(z), dtype=torch.long, device=z.device))
     # With gradients on, as hooks of the model's own on the graph need it.
     whole, backwards = some.call(model).detach(), some.take(order).call(model).detach()
+    check_finite(whole, batch.place)
     backwards = backwards.flip(0)
     require_alike(backwards, whole, tolerance * whole.norm())
     del backwards

@@ -21,7 +21,7 @@ from torch import Tensor
 from fisherkit.arithmetic import HALF
 from fisherkit.data import Batch, Source, check_finite, warn_of_unshifted
 from fisherkit.errors import DataError, ModelError, ProcessError, listed
-from fisherkit.likelihood import Likelihood
+from fisherkit.likelihood import Likelihood, prepared
 from fisherkit.model_state import parameters_hash
 from fisherkit.outputs import OutputRule, Outputs
 from fisherkit.probabilities import warn_of_probabilities
@@ -260,7 +260,7 @@ class Problem:
         raw = raw if raw.dtype in (torch.float32, torch.float64) else raw.float()
         self.likelihood.check_reading(raw, batch.targets, batch.batched, call)
         wanted = self.kind.needs_targets or self.likelihood.labels_mask or self.likelihood.hessian_of_targets
-        z, target, mask = self.likelihood.prepare(raw, batch.targets if wanted else None, call)
+        z, target, mask = prepared(self.likelihood, raw, batch.targets if wanted else None, call)
         counted = [mask] if self.token or mask.shape[1] == 1 else [mask, mask.any(1)]
         total, *counts = torch.stack([x.sum(dtype=torch.float64) for x in (raw, *counted)]).tolist()
         if not math.isfinite(total):  # where only the sum overflows, all is well
