@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
 
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
+
+LARGEST = sys.float_info.max
+"""Of floating point; integers may be larger."""
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -23,6 +27,13 @@ def is_integer(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is an integer or a float; True and False are neither."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def shown(value: float) -> str:
+    """A number for an error; Python prints no integer of thousands of digits."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"an integer of {value.bit_length():,} bits"
+    return repr(value)
 
 
 def check_number(
@@ -46,13 +57,13 @@ def check_number(
     if not (is_integer(value) if integer else is_number(value)):
         raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", f"{kind} {none}".strip(), **advice)
     inside = (least < value if above else least <= value) and (value < most if below else value <= most)
-    if not (inside and abs(value) < math.inf):
+    if not (inside and (integer or abs(value) <= LARGEST)):
         if most < math.inf:
             span = f" {'above' if above else 'from'} {least:g} {'and' if above else 'to'} {'below ' * below}{most:,}"
         else:
             kind = kind if integer else "a finite number"
             span = f" above {least:g}" if above else f", {least:g} or more" if least > -math.inf else ""
-        raise InvalidArgumentError(call, f"{name}={value!r}", kind + span + f", {none}" * optional, **advice)
+        raise InvalidArgumentError(call, f"{name}={shown(value)}", kind + span + f", {none}" * optional, **advice)
     return value if integer else float(value)
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 E = TypeVar("E", bound="FisherkitError")
+
+_STOP = re.compile(r"""(?<=[\w)\]}'"`%])\.(?=;|\.(?: |$))""")
+"""A full stop, as of another error that a part ends in, where another stop or a semicolon follows."""
 
 
 def listed(texts: Iterable[str], most: int = 8, separator: str = ", ") -> str:
@@ -43,10 +47,10 @@ class FisherkitError(Exception):
         self.call, self.got, self.expected, self.why, self.try_ = call, got, expected, why, try_
         parts = [f"{call}: got {got}" + (f"; expected {expected}." if expected else ".")]
         if why:
-            parts.append(f"{why[0].upper()}{why[1:].rstrip('.')}.")
+            parts.append(f"{why[0].upper()}{why[1:]}.")
         if try_:
-            parts.append(f"Try: {try_.rstrip('.')}.")
-        super().__init__(" ".join(parts))
+            parts.append(f"Try: {try_}.")
+        super().__init__(_STOP.sub("", " ".join(parts)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle, as errors come from other processes."""

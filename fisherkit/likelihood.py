@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fisherkit.arguments import check_type
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import DataError, InvalidArgumentError, listed
 
@@ -274,6 +275,28 @@ class Likelihood(ABC):
         target = self.positions(target.reshape(raw.shape), call).to(z.dtype)
         self.check_values(target, call)
         return z, target, mask
+
+    def fitting(self, z: Any, target: Any, each: int | None = 1) -> Tensor:
+        """A target for `loss`: so many numbers for ``each`` output, in z's dtype; None for labels or probabilities.
+
+        Raises:
+            DataError: it has another shape, which torch would refuse in its own words, or broadcast without any.
+        """
+        call = f"{type(self).__name__}.loss"
+        for name, value in (("z", z), ("target", target)):
+            check_type(call, name, value, Tensor, "a tensor")
+        if z.ndim == 0:
+            raise DataError(call, "z of shape []", "[…, C]", why="its last axis has the C outputs of a position")
+        each = int(target.is_floating_point()) if each is None else each
+        wanted = [*z.shape[:-1], *[each * z.shape[-1]] * (each > 0)]
+        if list(target.shape) != wanted:
+            raise DataError(
+                call, f"target of shape {list(target.shape)} for z of shape {list(z.shape)}", str(wanted),
+                why="the last axis of z has the C outputs of a position, and all other axes are positions",
+                try_="what prepare(outputs, targets, call) returns",
+            )  # fmt: skip
+        fitting: Tensor = target.to(z) if each else target
+        return fitting
 
     def check_values(self, target: Float[Tensor, "B P C"], call: str) -> None:
         """Refuse targets outside the likelihood's support.

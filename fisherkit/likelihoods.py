@@ -140,7 +140,7 @@ class Gaussian(_Separate):
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """½ Σ (z − y)² / σ²."""
-        return (0.5 * (z - target).square() * self._weight(z)).sum(-1)
+        return (0.5 * (z - self.fitting(z, target)).square() * self._weight(z)).sum(-1)
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
         """Targets z + σ times a standard normal number."""
@@ -169,7 +169,7 @@ class GaussianNLL(Gaussian):
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """½ Σ ((z − y)² / σ² + log σ²)."""
-        y, variance = target.chunk(2, -1)
+        y, variance = self.fitting(z, target, 2).chunk(2, -1)
         return F.gaussian_nll_loss(z, y, variance, eps=self.eps, reduction="none").sum(-1)
 
     def gradient(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "... C"]:
@@ -239,7 +239,7 @@ class Poisson(_Separate):
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """Σ exp(z) − y z."""
-        return (z.exp() - target * z).sum(-1)
+        return (z.exp() - self.fitting(z, target) * z).sum(-1)
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
         """The least count k with P(Y ≤ k) ≥ the number, by bisection of the incomplete gamma function."""
@@ -286,6 +286,7 @@ class Bernoulli(_Separate):
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """Σ w (binary cross-entropy with logits)."""
+        target = self.fitting(z, target)
         positive = None if self.pos_weight is None else torch.as_tensor(self.pos_weight).to(z)
         losses = F.binary_cross_entropy_with_logits(z, target, pos_weight=positive, reduction="none")
         return (losses * self._weight(z)).sum(-1)
@@ -376,10 +377,13 @@ class Categorical(Likelihood):
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
         """Weighted and smoothed cross-entropy; 0 at labels that are ignored."""
-        soft, weight = target.is_floating_point(), None if self.weight is None else self.weight.to(z)
+        target, weight = self.fitting(z, target, None), None if self.weight is None else self.weight.to(z)
+        if not target.is_floating_point():
+            self._refuse_others(z, target.long(), -1, f"{type(self).__name__}.loss")
         losses = F.cross_entropy(
-            z.flatten(0, -2), target.flatten(0, -2) if soft else target.flatten(), weight, reduction="none",
-            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+            z.reshape(-1, z.shape[-1]), target.reshape(-1, z.shape[-1]) if target.is_floating_point()
+            else target.long().flatten(), weight, reduction="none", ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
         )  # fmt: skip
         return losses.reshape(z.shape[:-1])
 
@@ -615,18 +619,23 @@ class Categorical(Likelihood):
                 else "the classes are on axis 1 of the outputs", try_=advice,
             )  # fmt: skip
         target = target.reshape(z.shape[:2]).long()
-        mask = target != self.ignore_index
         least, most = torch.stack(target.aminmax()).tolist() if target.numel() else (0, 0)
-        wrong = mask & ((target < 0) | (target >= c)) if least < 0 or most >= c else None
-        if wrong is not None and bool(wrong.any()):
+        if least < 0 or most >= c:
+            self._refuse_others(raw, target, self.class_axis, call)
+        return z, target, target != self.ignore_index
+
+    def _refuse_others(self, z: Tensor, target: Int[Tensor, "..."], axis: int, call: str) -> None:
+        """Refuse labels that are no class of outputs z, with the classes on an axis, and not to be ignored."""
+        c = z.shape[axis]
+        wrong = (target != self.ignore_index) & ((target < 0) | (target >= c))
+        if bool(wrong.any()):
             bad = target[wrong].unique().tolist()
             raise DataError(
                 call, f"label{'s' if len(bad) > 1 else ''} {listed(map(str, bad))}",
                 f"0 to {c - 1}, or ignore_index = {self.ignore_index}",
-                why=f"the outputs {shape_text(raw)} have {c} classes on axis {self.class_axis}",
+                why=f"the outputs {shape_text(z)} have {c} classes on axis {axis}",
                 try_="fk.likelihoods.Categorical(ignore_index=...) if another label means 'ignored'",
             )  # fmt: skip
-        return z, target, mask
 
     def _probabilities(self, target: Tensor, call: str) -> Float[Tensor, "B P C"]:
         q = self.positions(target, call)
@@ -695,6 +704,8 @@ def _numbers(call: str, name: str, value: Numbers, *, positive: bool = False) ->
     """A number, or a tensor that nobody else writes to, without leading axes of size 1."""
     try:
         found = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    except OverflowError:  # of an integer
+        found = torch.tensor(math.inf)
     except (TypeError, ValueError) as error:
         raise InvalidTypeError(
             call, f"{name} of type {type(value).__name__}", "a number, a tensor or a list of numbers", why=str(error)

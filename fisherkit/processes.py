@@ -188,7 +188,7 @@ class Processes:
             if others:
                 got = "; ".join(f"rank {rank}: {text[:200]}" for rank, text in list(others.items())[:3])
                 raise ProcessError(
-                    call, f"another {name} in some processes (rank 0: {first[:200]}; {got})", "the same in all of them",
+                    call, f"different {name} in some processes (rank 0: {first[:200]}; {got})", "the same in all",
                     why="they compute one thing together", try_="group=False for a result of this process alone",
                 )  # fmt: skip
         return [value for _, value in answers]

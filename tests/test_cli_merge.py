@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fisherkit as fk
 from fisherkit import io
+from fisherkit.cli.text import apart
 from fisherkit.merging.blocks import _operations, expected_seconds
 from tests import commands
 from tests.text_models import LABELS, TEXTS, jsonl, make_classifier, make_tokenizer, saved
@@ -403,10 +404,24 @@ def test_merge__checked_on_texts_is_the_best_between_the_average_and_the_merged_
     best = min(range(5), key=losses.__getitem__)
     assert info["share"] == best / 4
     assert f"{best / 4:g} of the way was taken" in checked.stdout
+    tried = apart([loss for _, loss in info["losses"]])
+    assert f"merged model {', '.join(tried)}: " in checked.stdout
     written = load_file(tmp_path / "checked" / "model.safetensors")
     for name, tensor in states[best].items():
         torch.testing.assert_close(written[name], tensor, rtol=1e-6, atol=1e-7)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.jsonl", "1.jsonl", "average", "checked", "merged"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ([0.5, 0.25, 0.25], ["0.5", "0.25", "0.25"]), ([0.69312, 0.69313, 0.7], ["0.69312", "0.69313", "0.7"]),
+        ([1.0, 1.0 + 2**-52], ["1", "1.0000000000000002"]), ([123456.0], ["1.23e+05"]), ([], []),
+        ([float("nan"), float("inf"), 1.5], ["nan", "inf", "1.5"]),
+    ],
+)  # fmt: skip
+def test_apart__has_the_digits_that_tell_numbers_apart(losses: list[float], shown: list[str]) -> None:
+    assert apart(losses) == shown
 
 
 @pytest.mark.parametrize("options", [["--method", "average"], ["--mismatched", "skip"]], ids=" ".join)

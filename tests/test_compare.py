@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,35 @@ def test_table__as_text_and_dict() -> None:
     assert "γ/γ_SGD" in text
     assert re.search(r"truncated:1 +full +0\.001 ", text)
     assert QualityTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+DAMAGES: dict[str, Callable[[Any], object]] = {
+    "nothing": lambda _: None,
+    "a list": lambda found: [found],
+    "no rows": lambda found: {name: value for name, value in found.items() if name != "rows"},
+    "rows of a number": lambda found: {**found, "rows": 3},
+    "a row of a number": lambda found: {**found, "rows": [3]},
+    "a row without γ": lambda found: {**found, "rows": [{k: v for k, v in found["rows"][0].items() if k != "gamma"}]},
+    "a row with more": lambda found: {**found, "rows": [{**found["rows"][0], "more": 1}]},
+    "γ of text": lambda found: {**found, "rows": [{**found["rows"][0], "gamma": "0.5"}]},
+    "a kind that is none": lambda found: {**found, "rows": [{**found["rows"][0], "kind": None}]},
+    "examples of text": lambda found: {**found, "examples": "12"},
+    "half an example": lambda found: {**found, "dropped": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_table__of_a_damaged_dict_is_refused(name: str) -> None:
+    found = compare(network(), data(), kinds=("sgd",)).to_dict()
+    with pytest.raises(
+        fk.InvalidArgumentError, match=r"QualityTable.from_dict: got .*; expected what to_dict\(\) gave"
+    ):
+        QualityTable.from_dict(DAMAGES[name](found))  # type: ignore[arg-type]
+
+
+def test_table__takes_whole_numbers_where_others_write_them() -> None:
+    found = compare(network(), data(), kinds=("sgd",)).to_dict()
+    assert QualityTable.from_dict({**found, "seconds": 1, "more": 2}).seconds == 1
 
 
 # -- what `compare` refuses --------------------------------------------------------------------------------------------

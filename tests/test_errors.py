@@ -56,6 +56,35 @@ def test_listed__shows_the_first_and_counts_the_others(count: int, text: str) ->
     assert listed(iter("abcdefghijklmnopqrstuvwxyz"[:count]), 3, "; ") == text
 
 
+INNER = "Fisher.solve: got a vector of float16; expected float64. Nothing is cast. Try: v.double()."
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ({"got": f"an error in rank 1 of 2; {INNER}"}, f"call: got an error in rank 1 of 2; {INNER}"),
+        ({"got": INNER, "expected": "none"}, f"call: got {INNER[:-1]}; expected none."),
+        ({"got": f"{INNER}; {INNER}", "expected": "none."}, f"call: got {INNER[:-1]}; {INNER[:-1]}; expected none."),
+        ({"got": "a", "why": f"it said: {INNER}", "try_": "b."}, f"call: got a. It said: {INNER} Try: b."),
+        ({"got": f"a thing ({INNER})", "why": "Why."}, f"call: got a thing ({INNER}). Why."),
+        ({"got": "a file ../a..b/..", "expected": "[1, ...]"}, "call: got a file ../a..b/..; expected [1, ...]."),
+        ({"got": "no file ..", "try_": "f(a, ...)"}, "call: got no file ... Try: f(a, ...)."),
+        ({"got": "a count of 3.", "expected": "f(x)."}, "call: got a count of 3; expected f(x)."),
+    ],
+)  # fmt: skip
+def test_text__has_one_stop_where_parts_and_other_errors_end(parts: dict[str, str], text: str) -> None:
+    error = FisherkitError("call", **parts)
+    assert str(error) == text
+    assert str(error.at("call")) == text
+
+
+def test_text__of_nested_errors_stays_as_it_is_however_deep() -> None:
+    error = FisherkitError("call", "a", "b", why="c", try_="d")
+    for _ in range(4):
+        error = FisherkitError("call", f"an error; {error}", f"none; as in {error}", why=str(error), try_=str(error))
+        assert not re.search(r"\.[;.]", str(error)), error
+
+
 # -- checks of numbers and devices -------------------------------------------------------------------------------------
 
 
@@ -66,6 +95,7 @@ def test_is_integer__takes_no_truth_values() -> None:
 
 
 INF = float("inf")
+SPACE = fk.ParameterSpace(("w",), ((2,),))
 COUNT = {"least": 1, "integer": True, "optional": True}
 
 
@@ -89,6 +119,32 @@ def test_check_number__says_what_it_takes(value: Any, options: dict[str, Any], e
         check_number("call", "name", value, **options)
     for right in (3, None) if "optional" in options else (3,) if "integer" in options else (0.5,):
         assert check_number("call", "name", right, **options) == right
+
+
+HUGE = 10**5000  # which Python does not print
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: check_number("call", "name", HUGE), lambda: check_number("call", "name", -HUGE, least=-INF),
+        lambda: check_number("call", "name", 10**309), lambda: check_number("call", "name", HUGE, most=3, integer=True),
+        lambda: fk.RelativeDamping(HUGE), lambda: DiagonalOperator(SPACE, torch.ones(2)) * HUGE,
+        lambda: DiagonalOperator(SPACE, torch.ones(2)) / HUGE,
+        lambda: DiagonalOperator(SPACE, torch.ones(2)).solve(torch.ones(2), damping=HUGE),
+        lambda: fk.likelihoods.Gaussian(HUGE), lambda: fk.likelihoods.Categorical(weight=[1, HUGE]),
+        lambda: fk.merging.average([nn.Linear(2, 1), nn.Linear(2, 1)], weights=[HUGE, 1]),
+    ],
+)  # fmt: skip
+def test_numbers__beyond_floating_point_are_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(fk.InvalidArgumentError) as caught:
+        call()
+    assert len(str(caught.value)) < 500
+
+
+def test_check_number__takes_what_is_within_floating_point() -> None:
+    assert check_number("call", "name", 10**308) == 1e308
+    assert check_number("call", "name", HUGE, integer=True) == HUGE
 
 
 @pytest.mark.parametrize(

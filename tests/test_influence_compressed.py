@@ -303,7 +303,7 @@ def test_rows_of_something_else__are_refused_and_left(tmp_path: Path) -> None:
     kept = influence().prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)
     before = contents(tmp_path / "rows")
     for compress in (None, 0.7, 3):
-        with pytest.raises(fk.InvalidArgumentError, match="rows with another compress"):
+        with pytest.raises(fk.InvalidArgumentError, match="rows with different compress"):
             influence().prepare(cut_data(), folder=tmp_path / "rows", compress=compress)
     for call in (lambda one: one.read(tmp_path / "rows"),
                  lambda one: one.prepare(cut_data(), folder=tmp_path / "rows", compress=0.8)):  # fmt: skip
@@ -478,10 +478,10 @@ def test_most_error__refuses_in_several_processes_what_it_refuses_in_one(
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("data", "an error in rank 1"), ("weights", "another parameters_hash"),
+        ("data", "an error in rank 1"), ("weights", "different parameters_hash"),
         ("fisher", "another Fisher or damping"), ("damping", "another Fisher or damping"),
-        ("queries", "another queries"), ("no queries", "another queries in some processes"),
-        ("memory", "another folder in some processes (rank 0: a path; rank 1: None)"),
+        ("queries", "different queries"), ("no queries", "different queries in some processes"),
+        ("memory", "different folder in some processes (rank 0: a path; rank 1: None)"),
     ],
 )  # fmt: skip
 def test_an_error_in_one_process__is_one_in_all(wrong: str, words: str, tmp_path: Path) -> None:
@@ -543,5 +543,5 @@ def test_another_folder_in_another_process__is_refused(there: str, tmp_path: Pat
 
 def test_prepare__into_a_folder_of_another_damping_is_refused(tmp_path: Path) -> None:
     influence(damping=5.0).prepare((X, Y), folder=tmp_path / "rows", compress=0.5)
-    with pytest.raises(fk.InvalidArgumentError, match="rows with another compress"):
+    with pytest.raises(fk.InvalidArgumentError, match="rows with different compress"):
         influence(damping=1e-4).prepare((X, Y), folder=tmp_path / "rows", compress=0.5)

@@ -84,13 +84,13 @@ def test_rows_of_something_else__are_refused_and_left(tmp_path: Path) -> None:
     ):
         with pytest.raises(fk.InvalidArgumentError, match=rf"rows of other batches \({words}\).*Try: the same batches"):
             influence().prepare(batches, folder=tmp_path / "rows")
-    with pytest.raises(fk.InvalidArgumentError, match="another token"):
+    with pytest.raises(fk.InvalidArgumentError, match="different token"):
         influence().prepare(cut(3, 4), folder=tmp_path / "rows", by="token")
     model = mlp()
     with torch.no_grad():
         next(model.parameters()).add_(1)
     other = InfluenceScores(fk.EmpiricalFisher(model, (X, Y)), model)
-    with pytest.raises(fk.InvalidArgumentError, match="another parameters_hash"):
+    with pytest.raises(fk.InvalidArgumentError, match="different parameters_hash"):
         other.prepare(cut(3, 4), folder=tmp_path / "rows")
     assert contents(tmp_path / "rows") == before
 

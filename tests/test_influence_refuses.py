@@ -122,9 +122,9 @@ def test_prepared_rows__of_another_model_parameters_or_loss_are_refused(tmp_path
         (made(likelihood=smooth), "likelihood"),
     ):
         for rows in (own.prepare(DATA), own.prepare(DATA, folder=tmp_path / "rows")):
-            with pytest.raises(fk.InvalidArgumentError, match=f"rows prepared with another {named};"):
+            with pytest.raises(fk.InvalidArgumentError, match=f"rows prepared with different {named};"):
                 scores.scores(DATA, rows)
-            with pytest.raises(fk.InvalidArgumentError, match=f"another {named}"):
+            with pytest.raises(fk.InvalidArgumentError, match=f"different {named}"):
                 scores.self_influence(rows)
 
 

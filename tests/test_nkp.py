@@ -368,3 +368,51 @@ def test_nkp__of_gradients_of_any_size_in_float32(size: float) -> None:
     )  # fmt: skip
     assert float(expected.trace()) > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+class Scaled(nn.Module):
+    """A layer whose inputs are multiplied by 10^p and outputs by rows' size / 10^p, p the last input of a position."""
+
+    def __init__(self, size: float, bias: bool) -> None:
+        super().__init__()
+        self.layer, self.size = nn.Linear(4, 3, bias=bias), size
+        with torch.no_grad():
+            for p in self.layer.parameters():
+                p.copy_(torch.linspace(-0.2, 0.2, p.numel()).reshape(p.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 10 ** x[..., 4:]
+        return (self.layer(x[..., :4] * scale) * (self.size / scale)).sum(1)
+
+
+POWERS = {
+    "large": [[25.0]], "larger": [[30.0]], "squares too large": [[20.0]], "small": [[-25.0]],
+    "positions": [[25.0, 20.0]], "far apart": [[25.0, -25.0]], "examples": [[25.0], [0.0], [-22.0]],
+    "all": [[18.0, 0.0], [0.0, -18.0], [-30.0, 28.0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ef", "exact"])
+@pytest.mark.parametrize("size", [1.0, 1e-5])
+@pytest.mark.parametrize(
+    ("name", "bias"),  # whose own gradient's square would be beyond float32 beside small inputs
+    [
+        (name, bias)
+        for name, powers in POWERS.items()
+        for bias in (False, True)
+        if min(map(min, powers)) > -9 or not bias
+    ],
+)
+def test_nkp__of_inputs_and_gradients_whose_products_alone_are_of_ordinary_size(
+    name: str, size: float, kind: str, bias: bool
+) -> None:
+    """Float32 ends at 1e38 and 1e-38, which their squares are beyond."""
+    powers = torch.tensor(POWERS[name]).repeat(6, 1)
+    x = torch.randn(*powers.shape, 4, generator=torch.Generator().manual_seed(1))
+    data = torch.cat([x, powers[..., None]], -1), torch.arange(len(x)) % 3
+    model = Scaled(size, bias)
+    found = fk.FisherApproximation(model, data, kind, structure="nkp").to_dense().double()
+    full = by_hand.fisher(model.double(), (data[0].double(), data[1]), kind)
+    (block, _, _), (whole, *sides) = (blocks(nn.Sequential(model.layer), one)[0] for one in (found, full))
+    expected = nearest(whole, *sides)
+    assert float((block - expected).norm()) < 1e-4 * float(expected.norm())

@@ -128,6 +128,76 @@ def twice(model: nn.Module) -> None:
     optimizer.step()
 
 
+def add(group: Any) -> None:
+    natural(mlp(), damping=0.1, gram_damping=None).add_param_group(group)
+
+
+def grouped(**settings: Any) -> None:
+    model = mlp()
+    Natural(model, 0.1, damping=0.1, params=[{"params": list(model.parameters()), **settings}])
+
+
+def set_to(cls: Any, name: str, value: Any) -> None:
+    """A setting that a loop writes to between steps."""
+    model = mlp()
+    optimizer = cls(model, damping=0.1, structure="kfac", lr=0.1)
+    F.cross_entropy(model(X), Y).backward()
+    if cls is Natural:
+        optimizer.param_groups[0][name] = value
+    else:
+        setattr(optimizer, name, value)
+    before = flat(model), [p.grad.clone() for p in model.parameters()]
+    try:
+        optimizer.step()
+    finally:
+        assert torch.equal(flat(model), before[0])
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before[1], strict=True))
+
+
+def step_of(value: Any) -> None:
+    model = mlp()
+    optimizer = natural(model)
+    loss = F.cross_entropy(model(X), Y)
+    optimizer.step(loss if value is None else value)
+
+
+NAN = float("nan")
+GROUPS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[str, ...]]] = {
+    "a loss": (lambda: step_of(None), InvalidTypeError, ("Gradient.step: got a Tensor as closure", "backward()")),
+    "a number": (lambda: step_of(3), InvalidTypeError, ("got a int as closure",)),
+    "no group": (lambda: add(3), InvalidTypeError, ("NaturalGradient.add_param_group: got a int", '"params"')),
+    "a list": (lambda: add([nn.Parameter(torch.ones(1))]), InvalidTypeError, ("got a list", '"params"')),
+    "no parameters": (lambda: add({}), InvalidTypeError, ("params of type NoneType",)),
+    "a number of parameters": (lambda: add({"params": 3}), InvalidTypeError, ("params of type int",)),
+    "an lr": (lambda: add({"params": [], "lr": NAN}), InvalidArgumentError, ("['lr']=nan", "a finite number")),
+    "made of nothing": (lambda: Natural(mlp(), 0.1, damping=0.1, params=[{}]), InvalidTypeError,
+        ("NaturalGradient: got", "params of type NoneType")),
+    "made with lr": (lambda: grouped(lr=NAN), InvalidArgumentError, ("['lr']=nan",)),
+    "made with text": (lambda: grouped(momentum="a"), InvalidTypeError, ("['momentum'] of type str",)),
+    "lr later": (lambda: set_to(Natural, "lr", NAN), InvalidArgumentError, ("step", "['lr']=nan")),
+    "decay later": (lambda: set_to(Natural, "weight_decay", float("inf")), InvalidArgumentError, ("decay']=inf",)),
+    "damping later": (lambda: set_to(Natural, "damping", NAN), InvalidArgumentError, ("damping=nan",)),
+    "trust region later": (lambda: set_to(Natural, "trust_region", NAN), InvalidArgumentError, ("trust_region=nan",)),
+    "trust region beside": (lambda: set_to(Beside, "trust_region", NAN), InvalidArgumentError, ("trust_region=nan",)),
+    "layer_rms beside": (lambda: set_to(Beside, "layer_rms", NAN), InvalidArgumentError, ("layer_rms=nan",)),
+    "damping beside": (lambda: set_to(Beside, "damping", NAN), InvalidArgumentError, ("damping nan",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ids(GROUPS))
+def test_groups__of_what_no_step_can_take_are_refused(name: str) -> None:
+    check(Case(*GROUPS[name]))
+
+
+def test_step__takes_an_lr_that_a_schedule_rounded_below_zero_or_made_a_tensor() -> None:
+    for rate in (-1e-19, torch.tensor(0.1)):
+        model = mlp()
+        optimizer = natural(model)
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+
+
 def without_forward(model: nn.Sequential, call: Callable[[nn.Sequential], Tensor]) -> None:
     optimizer = natural(model)
     F.cross_entropy(call(model), Y).backward()

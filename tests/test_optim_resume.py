@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.errors import InvalidArgumentError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.model_state import with_checksum
 from tests.bad_input import X, Y, mlp, normal
 from tests.optim_loops import flat
@@ -193,6 +193,69 @@ def test_load__of_another_models_state_is_refused_and_changes_nothing(name: str,
         with pytest.raises(InvalidArgumentError, match="averages cannot be read"):
             own.load_state_dict(state)
         assert str(own.state_dict()) == before
+
+
+def unsaid(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without its checksums, as one that was edited on purpose."""
+    bare = {k: v for k, v in state.items() if "checksum" not in k}
+    return {**bare, "curvature": unsaid(state["curvature"])} if "curvature" in state else bare
+
+
+def without(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: state["param_groups"][0].pop(name)
+
+
+def setting(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: state["param_groups"][0].update({name: value})
+
+
+def spoilt(*path: Any) -> Callable[[dict[str, Any]], Any]:
+    def spoil(state: Any) -> None:
+        for key in path:
+            state = state[key]
+        state.view(-1)[-1] = float("nan")
+
+    return spoil
+
+
+def tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = state.get("curvature", state)["averages"][0]["tensors"]
+    return found
+
+
+def spoil_averages(state: dict[str, Any]) -> None:
+    next(t for t in tensors_of(state).values() if t.is_floating_point() and t.ndim).view(-1)[-1] = float("nan")
+
+
+DAMAGES: dict[str, tuple[bool, Callable[[dict[str, Any]], Any], str]] = {
+    **{f"without {name}": (False, without(name), rf"param_groups\[0\] without \['{name}'\]")
+       for name in ("lr", "momentum", "damping", "gram_damping", "trust_region", "normalize_update", "params")},
+    "lr": (False, setting("lr", float("nan")), r"\['lr'\]=nan"),
+    "text": (False, setting("momentum", "a"), r"\['momentum'\] of type str"),
+    "damping": (False, setting("damping", float("inf")), "damping=inf"),
+    "trust region": (False, setting("trust_region", float("nan")), "trust_region=nan"),
+    "momentum": (False, spoilt("state", 0, "momentum_buffer"), "momentum with NaN or infinite entries"),
+    "steps": (False, lambda state: state["curvature"].update(steps=2.5), "steps of type float"),
+    "averages": (False, spoil_averages, "NaN or infinite entries"),
+    "averages beside": (True, spoil_averages, "NaN or infinite entries"),
+    "momentum beside": (True, spoilt("momentum", "0.weight"), "momentum with NaN or infinite entries"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_load__of_a_damaged_state_is_refused_and_changes_nothing(name: str) -> None:
+    beside, damage, words = DAMAGES[name]
+    runs = [Run({**SETTINGS["ekfac"], "gradient_momentum": 0.5} if beside else SETTINGS["ekfac"], beside)
+            for _ in range(2)]  # fmt: skip
+    part = "preconditioner" if beside else "optimizer"
+    for run in runs:
+        run.steps(0, 2)
+    own, state = getattr(runs[0], part), through_file(getattr(runs[1], part).state_dict())
+    damage(state)
+    before = str(own.state_dict())
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=rf"load_state_dict.*{words}"):
+        own.load_state_dict(unsaid(state))
+    assert str(own.state_dict()) == before
 
 
 def test_load__of_momentum_for_other_parameters_is_refused_and_changes_nothing() -> None:

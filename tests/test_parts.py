@@ -227,7 +227,7 @@ def in_processes(rank: int, size: int, folder: str) -> str:
         fk.build_file(f"{folder}/f", network(), Ending(own), "ef", **options)
     (done,) = Path(folder).glob("f-*")
     before = done.stat().st_mtime_ns
-    with pytest.raises(fk.InvalidArgumentError, match="another processes"):
+    with pytest.raises(fk.InvalidArgumentError, match="different processes"):
         fk.build_file(f"{folder}/f", network(), own, "ef", **options, group=False)
     with pytest.raises(fk.DataError, match=r"f\.parts\.json") if rank else pytest.raises(fk.ProcessError):
         fk.build_file(f"{folder}/f", network(), [(x + rank, y) for x, y in own], "ef", **options)
@@ -239,7 +239,7 @@ def in_processes(rank: int, size: int, folder: str) -> str:
     if rank:
         fk.build_file(f"{folder}/other/old", network(), DATA[:2], "ef", **options, group=False)
     path = f"{folder}/other/{'old' if rank else 'new'}"
-    with pytest.raises(fk.ProcessError, match=r"^build_file: got another file"):
+    with pytest.raises(fk.ProcessError, match=r"^build_file: got different file"):
         fk.build_file(path, network(), own, "ef", **options)
     # And where it finds none.
     with pytest.raises(fk.FisherkitError) as caught:

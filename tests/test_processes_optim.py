@@ -156,7 +156,7 @@ def differing(rank: int, size: int) -> dict[str, bool]:
             with pytest.raises(fk.ProcessError) as caught:
                 optimizer.step()
             alike = torch.equal(flat(inner), before) and str(optimizer.state_dict()) == state
-            found[f"{make}: {name}"] = alike and f"another {name.partition(',')[0]}" in str(caught.value)
+            found[f"{make}: {name}"] = alike and f"different {name.partition(',')[0]}" in str(caught.value)
     return found
 
 

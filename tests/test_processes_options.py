@@ -81,6 +81,11 @@ def load(rank: int, folder: str) -> None:
     fk.load(path, shard=True, device="nowhere" if rank else "cpu")
 
 
+def others(fisher: Any) -> Any:
+    space = fk.ParameterSpace(("other",), ((fisher.size,),))
+    return fk.operators.DiagonalOperator(space, torch.ones(fisher.size, dtype=torch.float64))
+
+
 def draw(fisher: Any, _: Tensor, rank: int) -> None:
     fisher.factorize(0.1).sample(torch.Generator().manual_seed(0), 2 + rank)
 
@@ -107,10 +112,10 @@ CASES: dict[str, tuple[Callable[[int, str], Any], str]] = {
     "lr that fails": (lambda r, _: step(r, Beside, {**P, "lr": broken if r else 0.1}), "no schedule"),
     "lr of text": (lambda r, _: step(r, Beside, {**P, "lr": (lambda: "a") if r else 0.1}), "lr of type str"),
     "a damping": (lambda r, _: step(r, Natural, {**N, "damping": 0.1}, damping(-1.0)), "damping=-1.0"),
-    "another damping": (lambda r, _: step(r, Natural, {**N, "damping": 0.1}, damping(0.2)), "another damping"),
+    "another damping": (lambda r, _: step(r, Natural, {**N, "damping": 0.1}, damping(0.2)), "different damping"),
     "a replaced weight": (lambda r, _: step(r, Natural, {**N, "damping": 0.1}, replaced), "replaced or renamed"),
     "queries": (lambda r, _: prepare(r, {**QUERIES, "compress": None}, **QUERIES, compress=0.9), "without compress"),
-    "queries that have none": (lambda r, _: prepare(r, QUERIES, compress=0.9), "another queries"),
+    "queries that have none": (lambda r, _: prepare(r, QUERIES, compress=0.9), "different queries"),
     "checked": (lambda r, _: prepare(r, {"checked": 0}, compress=0.9), "checked=0"),
     "most_error": (lambda r, _: prepare(r, {"most_error": "a"}, compress=0.9), "most_error of type str"),
     "by": (lambda r, _: prepare(r, {"by": "tokens"}, compress=0.9), "by='tokens'"),
@@ -121,12 +126,12 @@ CASES: dict[str, tuple[Callable[[int, str], Any], str]] = {
         f"{name}, {structure}": (lambda r, _, s=structure, q=question: ask(r, s, q), said)
         for structure in ("full", "kfac")
         for name, question, said in (
-            ("solve", lambda f, v, r: f.solve(v, damping=0.12 if r else 0.21), "another damping"),
-            ("no damping", lambda f, v, r: f.solve(v, damping="no" if r else 0.1), "another damping"),
-            ("no steps", lambda f, v, r: f.solve(v, damping=0.1, max_steps=1 + r), "another max_steps"),
-            ("logdet", lambda f, _, r: f.logdet(damping=0.12 if r else 0.21), "another damping"),
-            ("dimension", lambda f, _, r: f.effective_dimension(0.1 + r), "another damping"),
-            ("relative", lambda f, v, r: f.factorize(0.1 if r else fk.RelativeDamping(0.1)), "another damping"),
+            ("solve", lambda f, v, r: f.solve(v, damping=0.12 if r else 0.21), "different damping"),
+            ("no damping", lambda f, v, r: f.solve(v, damping="no" if r else 0.1), "different damping"),
+            ("no steps", lambda f, v, r: f.solve(v, damping=0.1, max_steps=1 + r), "different max_steps"),
+            ("logdet", lambda f, _, r: f.logdet(damping=0.12 if r else 0.21), "different damping"),
+            ("dimension", lambda f, _, r: f.effective_dimension(0.1 + r), "different damping"),
+            ("relative", lambda f, v, r: f.factorize(0.1 if r else fk.RelativeDamping(0.1)), "different damping"),
             ("a vector", lambda f, v, r: f.matvec(v / (1 - r)), "NaN or infinite"),
             ("a short vector", lambda f, v, r: f.matvec(v[r:]), "shape"),
             ("no eigenvalues", lambda f, _, r: f.eigenvalues(0 if r else None), "k=0"),
@@ -134,6 +139,12 @@ CASES: dict[str, tuple[Callable[[int, str], Any], str]] = {
             ("a multiple of text", lambda f, _, r: f * ("x" if r else 2.0), "scale of type str"),
             ("a negative multiple", lambda f, _, r: f * (1.0 - 2.0 * r), "scale=-1.0"),
             ("a part", lambda f, _, r: f / (1.0 - r), "divisor"),
+            ("a sum with text", lambda f, _, r: f + ("x" if r else f), "a str"),
+            ("text and a sum", lambda f, _, r: ("x" if r else f) + f, "'x'"),
+            ("a sum with others", lambda f, _, r: f + (others(f) if r else f), "different parameters"),
+            ("a form of nothing", lambda f, v, r: f.quadratic_form({} if r else v), "missing names"),
+            ("a form of a number", lambda f, v, r: f.quadratic_form(3 if r else v), "a int"),
+            ("a form of names", lambda f, v, r: f.quadratic_form(f.space.unflatten(v) | dict([("no", v)] * r)), "'no'"),
             ("no draws", lambda f, _, r: f.factorize(0.1).sample(None, 1 - r), "n=0"),
             ("draws by seed", lambda f, _, r: f.factorize(0.1).sample(0 if r else None), "a int as generator"),
         )

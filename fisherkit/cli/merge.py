@@ -35,7 +35,7 @@ from fisherkit.cli.options import (
     option,
 )
 from fisherkit.cli.sources import IGNORE, ModelOptions, TextBatches, load_likelihood
-from fisherkit.cli.text import table
+from fisherkit.cli.text import apart, table
 from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
 from fisherkit.fisher import FisherApproximation
 from fisherkit.io.fisher_file import index_of
@@ -343,7 +343,7 @@ class Merge:
                 "the average is,\na reason for --check, or for --method average (against_average in merge.json)."
             )
         if info.losses:
-            tried = ", ".join(f"{loss:.3g}" for _, loss in info.losses)
+            tried = ", ".join(apart([loss for _, loss in info.losses]))
             typer.echo(f"Loss from the average to the merged model {tried}: {info.share:g} of the way was taken.")
         if info.unverified:
             unverified = ", ".join(map(str, info.unverified))

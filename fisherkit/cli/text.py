@@ -76,6 +76,13 @@ def number(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def apart(values: Sequence[float], digits: int = 3) -> list[str]:
+    """Numbers with some significant digits, and as many more as it takes to tell different ones apart."""
+    enough = (d for d in range(digits, 17) if len({f"{value:.{d}g}" for value in values}) == len(set(values)))
+    found = next(enough, 17)
+    return [f"{value:.{found}g}" for value in values]
+
+
 def progress(items: Sequence[Item]) -> Iterable[Item]:
     """The items, with a bar on the error stream."""
     shown = bar(len(items), "batches", "", shown=True)

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fisherkit.arguments import check_number, check_type
 from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Batch
-from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError, MissingPackageError
+from fisherkit.errors import InvalidArgumentError, InvalidTypeError, MemoryBudgetError, MissingPackageError, listed
 from fisherkit.evaluation.quality import approximation_quality
 from fisherkit.fisher import FisherApproximation
 from fisherkit.io import as_path, check_folder, replacing
@@ -67,6 +67,12 @@ class QualityRow:
     seconds: float
 
 
+_PLAIN: dict[str, Any] = {
+    "str": str, "int": int, "float": float | int, "float | None": float | int | None, "tuple[QualityRow, ...]": tuple,
+}  # fmt: skip
+"""What values of a table's fields are."""
+
+
 @dataclass(frozen=True)
 class QualityTable:
     """How good every kind's update is on one batch.
@@ -89,9 +95,24 @@ class QualityTable:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> QualityTable:
-        """The inverse of `to_dict`."""
-        rows = tuple(QualityRow(**row) for row in found["rows"])
-        return cls(rows, found["examples"], found["dropped"], found["seconds"])
+        """The inverse of `to_dict`.
+
+        Raises:
+            InvalidArgumentError: it is damaged, or no table's.
+        """
+        try:
+            rows = tuple(QualityRow(**row) for row in found["rows"])
+            table = cls(rows, found["examples"], found["dropped"], found["seconds"])
+            parts: tuple[QualityTable | QualityRow, ...] = (table, *rows)
+            values = [(f, getattr(one, f.name)) for one in parts for f in fields(one)]
+            odd = [f"{f.name}={value!r}" for f, value in values if not isinstance(value, _PLAIN[str(f.type)])]
+        except (LookupError, TypeError) as error:
+            odd = [repr(error)]
+        if odd:
+            raise InvalidArgumentError(
+                "QualityTable.from_dict", f"a damaged table ({listed(odd, 4)})", "what to_dict() gave"
+            )
+        return table
 
     def __str__(self) -> str:
         dropped = f", {self.dropped} of them left out of the updates as near-duplicates" if self.dropped else ""

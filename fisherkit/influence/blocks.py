@@ -384,7 +384,7 @@ def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
     fresh, settings = not (path / MANIFEST).exists(), live.settings
     known = settings if fresh else _manifest(path)["settings"]
     if changed := io.differing(known, settings):
-        raise _other(path, f"rows with another {', '.join(changed)}")
+        raise _other(path, f"rows with different {', '.join(changed)}")
     if live.basis is not None and not live.basis.kept:
         live.basis.write(path / FILE)  # of a manifest that is there, as it was, by its hash in the settings
     if fresh:

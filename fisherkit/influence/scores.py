@@ -454,7 +454,7 @@ class InfluenceScores:
             )  # fmt: skip
         if changed:
             raise InvalidArgumentError(
-                "scores(train)", f"rows prepared with another {', '.join(changed)}",
+                "scores(train)", f"rows prepared with different {', '.join(changed)}",
                 "rows of this model, over the Fisher's parameters, of the same loss",
                 why="∇ℓ and F must be taken at one point", try_="prepare(train) of this InfluenceScores",
             )  # fmt: skip

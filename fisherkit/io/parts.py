@@ -85,7 +85,7 @@ class PartsFile:
         found = read_record(file, {"format": PARTS_FORMAT}, self._call, "a record of finished parts", advice)
         if changed := differing(found["settings"], self._settings):
             raise InvalidArgumentError(
-                self._call, f"{file.name} of an interrupted run with another {listed(changed)}",
+                self._call, f"{file.name} of an interrupted run with different {listed(changed)}",
                 "no such file, or the same run again, which goes on from there",
                 why="its finished parts belong to another result", try_=advice,
             )  # fmt: skip

@@ -6,7 +6,6 @@ a tensor is asked for; and averages of such tensors. Changes no model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fisherkit.arguments import is_number
+from fisherkit.arguments import LARGEST, is_number, shown
 from fisherkit.arithmetic import all_finite
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, warn
 from fisherkit.io.model_files import ModelFiles
@@ -132,9 +131,9 @@ def check_weights(weights: Sequence[float] | Tensor | str | None, count: int, ca
         raise InvalidTypeError(call, f"weights={values!r}", "numbers")
     if len(values) != count:
         raise InvalidArgumentError(call, f"{len(values)} weights", f"{count}, one for each model")
-    if not all(w >= 0 for w in values) or not 0 < sum(values) < math.inf:
+    if not all(w >= 0 for w in values) or not 0 < sum(values) <= LARGEST:
         raise InvalidArgumentError(
-            call, f"weights={values!r}", "finite numbers, 0 or more, not all 0, of a finite sum",
+            call, f"weights=[{', '.join(map(shown, values))}]", "finite numbers, 0 or more, not all 0, of a finite sum",
             why="a negative multiple of a Fisher is not positive semi-definite",
         )  # fmt: skip
     return tuple(float(w) for w in values)

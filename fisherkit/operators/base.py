@@ -121,9 +121,9 @@ class FisherOperator(ABC):
     @without_autocast()
     def quadratic_form(self, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "..."]:
         """vᵀ F v, a scalar for one vector, ``[K]`` for columns; float64."""
-        flat = self.space.flatten(v) if isinstance(v, Mapping) else v
-        columns = self._columns(flat, "quadratic_form")[0]
+        columns = self._columns(v, "quadratic_form")[0]  # type: ignore[type-var]
         values = (columns.double() * self._matmat(columns).double()).sum(0)
+        flat = self.space.flatten(v) if isinstance(v, Mapping) else v
         return values[0] if flat.ndim == 1 else values
 
     @final
@@ -353,8 +353,13 @@ class FisherOperator(ABC):
     @final
     def __radd__(self, other: int) -> FisherOperator:
         """0 + F, so that ``sum(fishers)`` works."""
-        if other != 0 or not is_integer(other):
-            raise InvalidTypeError(f"other + {self._name}", repr(other), "a FisherOperator")
+        call = f"other + {self._name}"
+
+        def check() -> None:
+            if other != 0 or not is_integer(other):
+                raise InvalidTypeError(call, repr(other), "a FisherOperator")
+
+        self.together.each(call, check)
         return self
 
     @final
@@ -362,9 +367,15 @@ class FisherOperator(ABC):
     def __add__(self, other: FisherOperator) -> FisherOperator:
         """F + other, folded into one operator where that is exact, else kept as a sum."""
         # The sum is itself an operator, so this import cannot be at the top.
-        from fisherkit.operators.composite import add
+        from fisherkit.operators.composite import add, addends
 
-        check_type(f"{self._name} + other", "", other, FisherOperator, "a FisherOperator")
+        call = f"{self._name} + other"
+
+        def check() -> None:
+            check_type(call, "", other, FisherOperator, "a FisherOperator")
+            addends(self, other)
+
+        self.together.each(call, check)
         result = add(self, other)
         own = ("examples", "rows")  # numbers of each term, and not of the sum where they are equal
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v and k not in own}

@@ -352,10 +352,8 @@ def add(a: FisherOperator, b: FisherOperator) -> FisherOperator:
         InvalidArgumentError: the spaces or devices differ; the message lists the names.
         InvalidTypeError: the dtypes differ.
     """
-    terms = _flatten([a, b])
-    _check_terms(terms, f"{a._name} + {b._name}")
     folded: list[FisherOperator] = []
-    for term in terms:
+    for term in addends(a, b):
         for place, known in enumerate(folded):
             if (total := fold(known, term)) is not None:
                 folded[place] = total
@@ -363,6 +361,13 @@ def add(a: FisherOperator, b: FisherOperator) -> FisherOperator:
         else:
             folded.append(term)
     return folded[0] if len(folded) == 1 else SumOperator(folded)
+
+
+def addends(a: FisherOperator, b: FisherOperator) -> list[FisherOperator]:
+    """The terms of A + B; refused as by `add`."""
+    terms = _flatten([a, b])
+    _check_terms(terms, f"{a._name} + {b._name}")
+    return terms
 
 
 class SumOperator(CompositeOperator):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fisherkit.arguments import is_number
+from fisherkit.arguments import LARGEST, is_number, shown
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 
 
@@ -50,9 +49,9 @@ def check_damping(damping: float, call: str) -> float:
         raise InvalidTypeError(
             call, f"damping of type {type(damping).__name__}", "a float or fk.RelativeDamping", try_="float(damping)"
         )
-    if not math.isfinite(damping) or damping < 0:
+    if not 0 <= damping <= LARGEST:
         raise InvalidArgumentError(
-            f"{call}(damping={damping})", f"damping {damping}", "a finite number, 0 or more",
+            f"{call}(damping={shown(damping)})", f"damping {shown(damping)}", "a finite number, 0 or more",
             why="F + damping·I must stay positive semi-definite",
         )  # fmt: skip
     return float(damping)

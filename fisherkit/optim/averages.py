@@ -5,7 +5,7 @@ The records that outlive a step are all that a file must hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,8 +173,15 @@ def _refuse_infinite(records: Mapping[tuple[Names, str], UnitSums], call: str, d
 
 
 def _check(record: UnitSums, space: ParameterSpace, like: Tensor) -> None:
-    """ValueError, or what a product raises, unless a record is of these parameters."""
+    """ValueError, or what a product raises, unless a record is of these parameters and finite."""
     columns = torch.zeros(space.size, 1, dtype=at_least_single(like.dtype), device=like.device)
     operator = record.operator(space, 1.0)
     if operator.dtype != columns.dtype or operator._matmat(columns).shape != columns.shape:
         raise ValueError(f"averages of {', '.join(space.names)} in another dtype or of another shape")
+    require_finite(f"averages of {', '.join(space.names)}", record.tensors().values())
+
+
+def require_finite(what: str, tensors: Iterable[Tensor]) -> None:
+    """ValueError unless all entries of a state's tensors are finite."""
+    if not all_finite(*tensors):
+        raise ValueError(f"{what} with NaN or infinite entries")

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fisherkit.arguments import is_number
+from fisherkit.arguments import check_number, is_number
 from fisherkit.arithmetic import all_finite, at_least_single, finite_by, may_overflow, norms, overflow, square_bound
 from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, SingularMatrixError, listed
 from fisherkit.model_state import check_checksum, with_checksum
 from fisherkit.operators import Damping, Factorization, FisherOperator
-from fisherkit.optim.averages import Averages, LayerDamping
+from fisherkit.optim.averages import Averages, LayerDamping, require_finite
 from fisherkit.optim.capture import Capture, is_checked
 from fisherkit.optim.outputs import explained
 from fisherkit.optim.passes import Captured, lifted
@@ -366,9 +366,12 @@ class Curvature:
                 damping or model.
         """
         call = f"{self.call}.load_state_dict"
-        check_has(state, ("kind", "structure", "gram", "steps", "examples", "seen", "updates"), self.call)
+        counts = ("steps", "examples", "seen", "updates")
+        check_has(state, ("kind", "structure", "gram", *counts), self.call)
         state = {"options": {}, "averages": [], **state}  # torch.distributed.checkpoint leaves out what is empty
         check_checksum(state, call)
+        for name in counts:
+            check_number(call, name, state[name], integer=True)
         for key, value in self.settings.recorded.items():
             if key in state and state[key] != value:  # states of before do not name all
                 raise InvalidArgumentError(
@@ -384,6 +387,7 @@ class Curvature:
             momentum = state.get("momentum", {}) if fits and self.settings.gradient_momentum else {}
             of = {name: parameters[name] for name in momentum}
             kept = {name: m.to(of[name].device, copy=True).view(of[name].shape) for name, m in momentum.items()}
+            require_finite("momentum", kept.values())
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # without a checksum
             raise InvalidArgumentError(
                 call, f"a state whose averages cannot be read ({error!r})",

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisherkit.arguments import check_number
+from fisherkit.arguments import check_number, check_type
 from fisherkit.arithmetic import all_finite, without_autocast
-from fisherkit.errors import InvalidArgumentError, ModelError, NonFiniteError, listed
+from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError, ModelError, NonFiniteError, listed
 from fisherkit.likelihoods import Likelihood
 from fisherkit.model_state import check_hash, state_hash
 from fisherkit.operators import Damping, RelativeDamping
-from fisherkit.optim.averages import LayerDamping
+from fisherkit.optim.averages import LayerDamping, require_finite
 from fisherkit.optim.curvature import Curvature, Watching, check_has
-from fisherkit.optim.settings import StepSettings, check_damping_choice, whole_model
+from fisherkit.optim.settings import StepSettings, check_damping_choice, check_trust_region, whole_model
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, in_all
 from fisherkit.space import ParameterSpace, Selection
@@ -145,10 +146,16 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         Raises:
             ModelError: gradients without a forward pass of the model, or of parameters that were replaced since.
             NonFiniteError: NaN or infinite gradients; nothing is changed.
+            InvalidTypeError, InvalidArgumentError: ``closure`` is no function, or a group has a setting that no step
+                can take, as an lr of NaN.
             SingularMatrixError: the damping is too small.
         """
         loss = None
         if closure is not None:
+            check_type(
+                f"{CALL}.step", "closure", closure, Callable, "a function that computes the loss, or nothing",
+                why="gradients are in .grad by the time of the step", try_="loss.backward(), then step()",
+            )  # fmt: skip
             with torch.enable_grad():
                 loss = closure()
         own = self._curvature.capture.parameters()
@@ -159,7 +166,7 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
 
         def settings() -> dict[str, Any]:
             self._refuse_others(own, gradients)
-            check_damping_choice(first["damping"], first["gram_damping"], f"{CALL}.step, param_groups[0]")
+            _check_groups(f"{CALL}.step", self.param_groups)
             return {
                 f"{name} of group {i}": value
                 for i, group in enumerate(self.param_groups)
@@ -230,20 +237,19 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
 
         Raises:
             ModelError: they are not.
-            InvalidArgumentError: a setting that all groups share.
+            InvalidTypeError: no group with parameters.
+            InvalidArgumentError: a setting that all groups share, or one that no step can take.
         """
+        call, capture = f"{CALL}.add_param_group", self._curvature.capture
+        names = {id(p): n for n, p in capture.owner.named_parameters()}
+        param_group = _with_parameters(param_group, names, call)
         odd = sorted(set(_OF_ALL) & set(param_group))
         if odd:
             raise InvalidArgumentError(
-                f"{CALL}.add_param_group", f"{odd} in a parameter group", f"some of {sorted(_OF_ONE)}",
+                call, f"{odd} in a parameter group", f"some of {sorted(_OF_ONE)}",
                 why="one Fisher and one direction belong to all groups", try_=f"{odd[0]}= of {CALL} itself",
             )  # fmt: skip
-        capture = self._curvature.capture
-        names = {id(p): n for n, p in capture.owner.named_parameters()}
-        own = param_group.get("params", [])
-        param_group["params"] = [own] if isinstance(own, Tensor) else list(own)
-        if any(id(p) not in names for p in param_group["params"]):
-            raise ModelError(f"{CALL}.add_param_group", "a parameter that is not the model's", "the model's own")
+        _check_groups(call, [{**self.defaults, **param_group}], len(self.param_groups))
         super().add_param_group(param_group)
         chosen = [p for group in self.param_groups for p in group["params"]]
         capture.space = ParameterSpace.of(capture.model, [names[id(p)] for p in chosen])
@@ -268,7 +274,8 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
 
         Raises:
             InvalidArgumentError: it is of another kind, likelihood, structure, damping or model, another optimizer's,
-                or damaged; nothing is changed.
+                damaged, or has numbers that are not finite; nothing is changed.
+            FisherkitError: in another of its forms, for settings of another type.
         """
         check_has(state_dict, ("param_groups", "curvature"), CALL)
         # torch.distributed.checkpoint leaves out what is empty, and writes every key as a string.
@@ -280,12 +287,15 @@ class NaturalGradient(Watching, torch.optim.Optimizer):
         finish = self._curvature.loading(state_dict["curvature"])
         try:
             groups = [dict(group) for group in state_dict["param_groups"]]
-            _check_shapes(groups, self.param_groups, numbered)
             for group in groups:
                 if isinstance(group.get("damping"), Mapping):
                     ((name, scale),) = group["damping"].items()
                     group["damping"] = _RELATIVE[name](scale)
+            _check_groups(f"{CALL}.load_state_dict", groups)
+            _check_state(groups, self.param_groups, numbered)
             super().load_state_dict({**state_dict, "param_groups": groups})
+        except FisherkitError:
+            raise
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InvalidArgumentError(
                 f"{CALL}.load_state_dict", f"a state that torch.optim.Optimizer refuses ({error})",
@@ -307,12 +317,37 @@ _OF_ONE = ("lr", "weight_decay", "momentum")
 _OF_ALL = ("damping", "gram_damping", "kind", "structure", "normalize_update", "trust_region")
 
 
-def _check_shapes(groups: Any, own: Any, state: Mapping[Any, Mapping[str, Tensor]]) -> None:
-    """ValueError if a state has tensors of other shapes than the parameters, which it has by numbers."""
+def _check_groups(call: str, groups: Iterable[Mapping[str, Any]], first: int = 0) -> None:
+    """Refuse groups, the ``first`` of that number, that lack a setting or have one that no step can take."""
+    for place, group in ((f"param_groups[{i}]", group) for i, group in enumerate(groups, first)):
+        if missing := [name for name in ("params", *_OF_ONE, *_OF_ALL) if name not in group]:
+            raise InvalidArgumentError(call, f"{place} without {missing}", "all settings of a group")
+        for name in _OF_ONE:  # schedules round below 0, and may be of tensors
+            value = group[name].item() if isinstance(group[name], Tensor) else group[name]
+            check_number(call, f"{place}[{name!r}]", value, least=-math.inf)
+        check_damping_choice(group["damping"], group["gram_damping"], f"{call}, {place}")
+        check_trust_region(group["trust_region"], f"{call}, {place}")
+
+
+def _check_state(groups: Any, own: Any, state: Mapping[Any, Mapping[str, Tensor]]) -> None:
+    """ValueError if a state has tensors of other shapes than the parameters, which it has by numbers, or not finite."""
     numbers, parameters = ([p for group in some for p in group["params"]] for some in (groups, own))
     pairs = zip(numbers, parameters, strict=False)  # of another number, torch says it
     if odd := [number for number, p in pairs if any(m.shape != p.shape for m in state.get(number, {}).values())]:
         raise ValueError(f"momentum of other shapes than those of the parameters {odd}")
+    require_finite("momentum", (m for one in state.values() for m in one.values()))
+
+
+def _with_parameters(group: Any, names: Mapping[int, str], call: str) -> dict[str, Any]:
+    """A group with its parameters, which must be some of these, in a list."""
+    check_type(call, "parameter group", group, Mapping, 'a dict with "params"')
+    own = group.get("params")
+    if not isinstance(own, Iterable):
+        raise InvalidTypeError(call, f"a group with params of type {type(own).__name__}", "parameters of the model")
+    params = [own] if isinstance(own, Tensor) else list(own)
+    if any(id(p) not in names for p in params):
+        raise ModelError(call, "a parameter that is not the model's", "the model's own")
+    return {**group, "params": params}
 
 
 def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Selection]:
@@ -320,10 +355,7 @@ def _groups(model: nn.Module, params: Any) -> tuple[list[dict[str, Any]], Select
     names = {id(p): n for n, p in model.named_parameters()}
     own = dict(model.named_parameters())
     if isinstance(params, (list, tuple)) and params and isinstance(params[0], Mapping):
-        groups = [{**group, "params": list(group["params"])} for group in params]
-        chosen = [p for group in groups for p in group["params"]]
-        if any(id(p) not in names for p in chosen):
-            raise ModelError(CALL, "a group with a parameter that is not the model's", "its own")
-        return groups, [names[id(p)] for p in chosen]
+        groups = [_with_parameters(group, names, CALL) for group in params]
+        return groups, [names[id(p)] for group in groups for p in group["params"]]
     space = ParameterSpace.of(model, params)
     return [{"params": [own[name] for name in space.names]}], list(space.names)

@@ -16,7 +16,7 @@ from fisherkit.operators import Damping
 from fisherkit.optim.averages import LayerDamping
 from fisherkit.optim.curvature import Curvature, Watching
 from fisherkit.optim.sample_space import with_layer_rms
-from fisherkit.optim.settings import StepSettings, whole_model
+from fisherkit.optim.settings import StepSettings, check_trust_region, whole_model
 from fisherkit.outputs import OutputRule
 from fisherkit.processes import Group, in_all
 from fisherkit.space import Selection
@@ -156,7 +156,8 @@ class Preconditioner(Watching):
             ModelError: an update is due, and no forward and backward pass of the model was seen.
             NonFiniteError: NaN or infinite numbers in a pass whose gradients are finite; averages stay as they were.
             SingularMatrixError: the damping is too small.
-            InvalidTypeError, InvalidArgumentError: ``lr`` gives no finite number, 0 or more.
+            InvalidTypeError, InvalidArgumentError: ``lr`` gives no finite number, 0 or more, or ``damping``,
+                ``trust_region`` or ``layer_rms`` were set to what the class does not take.
         """
         curvature = self._curvature
         own = curvature.capture.parameters()
@@ -186,6 +187,8 @@ class Preconditioner(Watching):
     def _settings(self) -> dict[str, Any]:
         """What decides about a step."""
         settings = {"damping": self.damping, "trust_region": self.trust_region, "layer_rms": self.layer_rms}
+        check_trust_region(self.trust_region, f"{CALL}.step")
+        check_number(f"{CALL}.step", "layer_rms", self.layer_rms, above=True, optional=True)
         if self.trust_region is not None:
             rate: Any = self._lr() if callable(self._lr) else self._lr
             settings["lr"] = check_number(f"{CALL}.step", "lr", rate.item() if isinstance(rate, Tensor) else rate)
@@ -203,6 +206,6 @@ class Preconditioner(Watching):
 
         Raises:
             InvalidArgumentError: it is of another kind, likelihood, structure, damping or model, `NaturalGradient`'s,
-                or damaged; nothing is changed.
+                damaged, or has numbers that are not finite; nothing is changed.
         """
         self._curvature.loading(state_dict)()

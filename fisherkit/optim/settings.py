@@ -53,8 +53,7 @@ class StepSettings:
             )  # fmt: skip
         kind = rule_of(o.kind, call=call, options=o.options)  # first: a misspelt argument is among its options
         check_damping_choice(o.damping, o.gram_damping, call)
-        if not (isinstance(o.trust_region, float) and o.trust_region == math.inf):  # which shortens nothing
-            check_number(call, "trust_region", o.trust_region, above=True, optional=True)
+        check_trust_region(o.trust_region, call)
         check_choice(call, "reduction", o.reduction, ("mean", "sum"))
         check_choice(call, "kfac_positions", o.kfac_positions, ("expand", "reduce"))
         structure = structure_named(o.structure, call)
@@ -123,6 +122,12 @@ def check_damping_choice(damping: object, gram_damping: object, call: str) -> No
         check_number(call, "gram_damping", gram_damping)
     elif not isinstance(damping, RelativeDamping | LayerDamping):
         check_number(call, "damping", damping)
+
+
+def check_trust_region(trust_region: object, call: str) -> None:
+    """A positive number, None, or infinity, which shortens nothing."""
+    if not (isinstance(trust_region, float) and trust_region == math.inf):
+        check_number(call, "trust_region", trust_region, above=True, optional=True)
 
 
 def whole_model(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:

@@ -185,7 +185,11 @@ def _moment(matrix: Float[Tensor, "w w"]) -> SecondMoment:
 def _contracted(
     rows: FactoredRows, fixed: Float[Tensor, "k k"], layout: LayerLayout, on_outputs: bool
 ) -> Float[Tensor, "j j"]:
-    """Σ_r R_r A R_rᵀ on outputs, Σ_r R_rᵀ G R_r on inputs, of rows R_r = Σ_t g_t a_tᵀ."""
+    """Σ_r R_r A R_rᵀ on outputs, Σ_r R_rᵀ G R_r on inputs, of rows R_r = Σ_t g_t a_tᵀ.
+
+    Each position's gradients are divided by a power of two that is about their size, and its activations' products
+    multiplied by it: a square of either may be beyond the dtype where R's is not.
+    """
     t = rows.positions
     if t * t > layout.outputs * layout.width:  # a row written out is smaller than its positions' products
         total = fixed.new_zeros(())
@@ -194,10 +198,21 @@ def _contracted(
             grid = grid.mT if on_outputs else grid
             total = total + grid.flatten(0, 1).mT @ (fixed @ grid).flatten(0, 1)
         return total
-    g = rows.gradients
+    size = _sizes(rows)
+    g, activations = rows.gradients / rows._to_rows(size), rows.chunks(constant=True)
     if on_outputs:
-        inner = rows._to_rows(torch.cat([(a @ fixed) @ a.mT for _, a in rows.chunks(constant=True)]))
+        parts = [((a @ fixed).mul_(size[s]) @ a.mT).mul_(size[s].mT) for s, a in activations]
+        inner = rows._to_rows(torch.cat(parts))
         return g.flatten(0, 1).mT @ (inner @ g).flatten(0, 1)
-    inner = rows._to_examples((g @ fixed) @ g.mT)
-    parts = [a.flatten(0, 1).mT @ (inner[s] @ a).flatten(0, 1) for s, a in rows.chunks(constant=True)]
+    inner = rows._to_examples((g @ fixed) @ g.mT).mul_(size.mT)
+    parts = [a.flatten(0, 1).mT @ (inner[s] @ a).mul_(size[s]).flatten(0, 1) for s, a in activations]
     return torch.stack(parts).sum(0)
+
+
+def _sizes(rows: FactoredRows) -> Float[Tensor, "N T 1"]:
+    """Powers of two about as large as the largest gradient at each position of an example."""
+    of_rows = rows.gradients.abs().amax(-1)  # in kernels that are fast, unlike those of an infinite norm
+    largest = of_rows.new_zeros(rows.activations.shape[:2])
+    largest.scatter_reduce_(0, rows._owner().unsqueeze(1).expand_as(of_rows), of_rows, "amax")
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    return torch.ldexp(torch.ones_like(largest), exponent).unsqueeze(2)
