@@ -113,8 +113,8 @@ class BuildPlan:
         ]  # fmt: skip
         shown = [f"part {i}: {listed(names, 4)}" for i, names in enumerate(self.parts[:SHOWN], 1)] if number > 1 else []
         more = [f"and {number - SHOWN:,} more"] if number > SHOWN else []
-        told = [f"it will be refused: {self.refused}"] if self.refused else []
-        return "\n".join([*lines, *shown, *more, *told])
+        refusal = [f"it will be refused: {self.refused}"] if self.refused else []
+        return "\n".join([*lines, *shown, *more, *refusal])
 
 
 class Builder:

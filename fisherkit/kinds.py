@@ -109,7 +109,7 @@ KINDS: dict[str, type[FisherApproximation]] = {
 """Kinds by their short names."""
 
 
-def _told(kind: type[FisherApproximation]) -> None:
+def _list_keywords(kind: type[FisherApproximation]) -> None:
     """Have ``help`` of a kind list the keywords that all kinds have, with what they mean."""
     base = inspect.signature(FisherApproximation.__init__).parameters
     signature = inspect.signature(kind.__init__)
@@ -124,4 +124,4 @@ def _told(kind: type[FisherApproximation]) -> None:
 
 
 for _kind in KINDS.values():
-    _told(_kind)
+    _list_keywords(_kind)

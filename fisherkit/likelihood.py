@@ -457,7 +457,7 @@ def confirm(
             "hessian_sum": (likelihood.hessian_sum(some), (s @ s.mT).sum(0)),
         }
         for name, (found, wanted) in forms.items():
-            if not _alike(found, wanted):
+            if not _agree(found, wanted):
                 _contradict(likelihood, name, "hessian_factor")
     if min(_place(cls, "gradient"), _place(cls, "hessian_scale")) < _place(cls, "hessian_factor"):
         shape = (*some.shape[:-1], likelihood.channels(some.shape[-1]))
@@ -475,13 +475,13 @@ def _confirm_derivative(likelihood: Likelihood, z: Tensor, target: Tensor, w: Te
         derivative = torch.autograd.grad(u, leaf, w, allow_unused=True)[0] if u.requires_grad else None
     scale = likelihood.hessian_scale(z, target)
     root = torch.ones_like(z) if scale is None else scale.sqrt()
-    if not _alike(
+    if not _agree(
         torch.zeros_like(z) if derivative is None else derivative, root * likelihood.hessian_matmul(z, root * w)
     ):
         _contradict(likelihood, "hessian_factor", "gradient")
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _agree(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= 1e-6 * torch.maximum(a.norm(), b.norm()))
 
 

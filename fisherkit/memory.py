@@ -82,11 +82,11 @@ class LiveBytes(TorchDispatchMode):
             if storage.data_ptr() not in self._known and storage.data_ptr() not in given:
                 self._known.add(storage.data_ptr())
                 self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+                weakref.finalize(storage, self._freed, storage.data_ptr(), storage.nbytes())
         self.most = max(self.most, self.now)
         return found
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
 

@@ -127,10 +127,10 @@ class Processes:
             result = function()
         except Exception as own:  # noqa: BLE001  raised below, and told
             error = own
-        told = self.gathered(None if error is None else f"{type(error).__name__}: {error}")
+        errors = self.gathered(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        failed = {rank: text for rank, text in enumerate(told) if text is not None}
+        failed = {rank: text for rank, text in enumerate(errors) if text is not None}
         if failed:
             texts = [f"rank {rank}: {text}" for rank, text in failed.items()]
             raise ProcessError(
@@ -180,8 +180,8 @@ class Processes:
         """Everyone's ``own``, where all have the same values by name; a ProcessError in all of them where not."""
         if self.size == 1:
             return [own]
-        told = self.gathered(({name: str(value) for name, value in values().items()}, own))
-        everyone = [texts for texts, _ in told]
+        answers = self.gathered(({name: str(value) for name, value in values().items()}, own))
+        everyone = [texts for texts, _ in answers]
         for name in dict.fromkeys(name for one in everyone for name in one):
             first, *rest = (one.get(name, "nothing of that name") for one in everyone)
             others = {rank: text for rank, text in enumerate(rest, 1) if text != first}
@@ -191,7 +191,7 @@ class Processes:
                     call, f"different {name} in some processes (rank 0: {first[:200]}; {got})", "the same in all",
                     why="they compute one thing together", try_="group=False for a result of this process alone",
                 )  # fmt: skip
-        return [value for _, value in told]
+        return [value for _, value in answers]
 
     def owners(self, costs: Mapping[K, float], load: list[float] | None = None) -> dict[K, int]:
         """Which rank has which key: the costliest first, to the rank that has least to do.

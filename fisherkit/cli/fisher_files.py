@@ -235,8 +235,8 @@ class Audit:
         """Compare and print."""
         found = audit(_read(self.other), load(self.exact), compare=self.compare, batch_size=self.batch_size)
         if self.as_json:
-            told = asdict(found) | {"strength_ratio": found.strength_ratio}
-            typer.echo(json.dumps(_plain(told), ensure_ascii=False, allow_nan=False))
+            shown = asdict(found) | {"strength_ratio": found.strength_ratio}
+            typer.echo(json.dumps(_plain(shown), ensure_ascii=False, allow_nan=False))
             return
         header = ("parameters", "cosine", "scale", "trace ratio")
         rows = [

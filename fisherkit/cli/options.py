@@ -33,8 +33,8 @@ def option(default: T, metavar: str, text: str, shown: str = "none", *, name: st
 
     ``shown`` says the default of one that is None if it is not given. One without a value is False and has a name.
     """
-    told = _told(metavar, text, shown if default is None else True, name, **others)
-    return field(default=default, metadata={TYPER: told})
+    info = _option(metavar, text, shown if default is None else True, name, **others)
+    return field(default=default, metadata={TYPER: info})
 
 
 def argument(metavar: str, text: str) -> Any:
@@ -47,7 +47,7 @@ def choice(default: T, text: str, words: Sequence[str], shown: str = "none") -> 
     return option(default, "NAME", f"{text}: {', '.join(words)}.", shown, parser=one_of(*words))
 
 
-def _told(metavar: str, text: str, shown: bool | str = True, name: str = "", **others: Any) -> Any:
+def _option(metavar: str, text: str, shown: bool | str = True, name: str = "", **others: Any) -> Any:
     """What typer is told of an option."""
     return typer.Option(*filter(None, [name]), metavar=metavar or None, help=text, show_default=shown, **others)
 
@@ -142,14 +142,14 @@ structure_check = one_of(*structures())
 
 LIKELIHOOD = "categorical, gaussian, bernoulli, poisson, or package.module:function that returns a loss module."
 
-Kind: TypeAlias = Annotated[str, _told("KIND", f"Which Fisher: {KIND}", parser=kind_check)]
-Structure: TypeAlias = Annotated[str, _told("NAME", f"What is kept of it: {STRUCTURE}", parser=structure_check)]
-Device: TypeAlias = Annotated[str, _told("NAME", "Where it is computed: cpu, cuda, cuda:1, ...", parser=device_check)]
+Kind: TypeAlias = Annotated[str, _option("KIND", f"Which Fisher: {KIND}", parser=kind_check)]
+Structure: TypeAlias = Annotated[str, _option("NAME", f"What is kept of it: {STRUCTURE}", parser=structure_check)]
+Device: TypeAlias = Annotated[str, _option("NAME", "Where it is computed: cpu, cuda, cuda:1, ...", parser=device_check)]
 Example: TypeAlias = Annotated[
-    str, _told("NAME", "What is one example: sequence, token.", parser=one_of("sequence", "token"))
+    str, _option("NAME", "What is one example: sequence, token.", parser=one_of("sequence", "token"))
 ]
 MaxShardSize: TypeAlias = Annotated[
-    int | None, _told("BYTES", "Write several files of at most this size.", "one file of any size", min=1)
+    int | None, _option("BYTES", "Write several files of at most this size.", "one file of any size", min=1)
 ]
 Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -245,7 +245,7 @@ class Scores(ModelOptions):
     ) -> tuple[dict[int, Query], tuple[Example, ...], Compression | None]:
         """The queries by their place in the data, the largest self-influences, and how rows were compressed."""
         asked = [some.raw for _, some in subject.chosen("queries", kept)]
-        extremes, itself, told = self._of_share(influence, share, asked)
+        extremes, itself, compression = self._of_share(influence, share, asked)
         everyones = share.processes.gathered((extremes, itself))
         found = _joined([one for one, _ in everyones if one is not None], min(self.top, share.examples))
         squares = torch.cat([one for _, one in everyones])
@@ -260,7 +260,7 @@ class Scores(ModelOptions):
             return tuple(replace(train[index], score=score) for score, index in pairs)
 
         rows = zip(kept, helpful, harmful, strict=True)
-        return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own), told
+        return {i: Query(queries[i], scored(good), scored(bad)) for i, good, bad in rows}, scored(own), compression
 
     def _of_share(
         self, influence: InfluenceScores, share: Share, queries: list[Any]
@@ -417,8 +417,8 @@ class Subject:
                 call, f"a {type(made).__name__}", "a text, a picture as an array, a pair (picture, text), or None"
             )
         # Half a surrogate pair can be written to no file.
-        told = None if text is None else text.encode("utf-8", "replace").decode()
-        return told, None if picture is None else data_uri(picture, call)
+        plain = None if text is None else text.encode("utf-8", "replace").decode()
+        return plain, None if picture is None else data_uri(picture, call)
 
 
 def _of_function(spec: str, device: str) -> Subject:

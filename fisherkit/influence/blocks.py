@@ -263,7 +263,7 @@ def write_blocks(path: Path, live: LiveBlocks, largest: int, processes: Processe
     live = live.of(limit=int(manifest.get("made", limit)))
     first = processes.before(lambda: sum(1 for _ in source))
     # All that is there is known to be of these data before anything is written: what is refused is left as it was.
-    own = processes.each(CALL, lambda: _there(path, source, device, first))
+    own = processes.each(CALL, lambda: _finished(path, source, device, first))
 
     def write() -> list[dict[str, Any]]:
         shown = bar(None, "rows", "blocks", shown=problem.progress)
@@ -354,7 +354,7 @@ def _damaged(path: Path, reason: str) -> FileFormatError:
 # -- the folder and its manifest ---------------------------------------------------------------------------------------
 
 
-def _there(path: Path, source: Source, device: torch.device, first: int) -> dict[int, dict[str, Any]]:
+def _finished(path: Path, source: Source, device: torch.device, first: int) -> dict[int, dict[str, Any]]:
     """The blocks that need not be made, by number; those of other examples are refused."""
     found, start = {}, 0
     for number, batch in enumerate(source, first):

@@ -247,7 +247,7 @@ class Basis:
         io.replace_checked_file(path, self.tensors, header)
 
     @classmethod
-    def left(cls, path: Path, fisher: FisherOperator, damping: float) -> Basis | None:
+    def read_whole(cls, path: Path, fisher: FisherOperator, damping: float) -> Basis | None:
         """As `read`; None where no file is there as it was written."""
         try:
             found = io.read_tensors(path, fisher.device, CALL, "prepare")

@@ -183,8 +183,8 @@ class InfluenceScores:
         path = processes.each("prepare", begun)
         if processes.size > 1:
             asked: dict[str, object] = {"compress": compress, "most_error": most_error, "checked": checked}
-            told = processes.each("prepare", lambda: None if queries is None else self._model_rows.digest(queries))
-            asked |= {"queries": told, "folder": "None" if folder is None else "a path"}
+            digest = processes.each("prepare", lambda: None if queries is None else self._model_rows.digest(queries))
+            asked |= {"queries": digest, "folder": "None" if folder is None else "a path"}
             processes.require_same("prepare", lambda: self._model_rows.settings(token=by == "token") | asked)
         live = processes.each("prepare", lambda: self._model_rows.live(train, EmpiricalVectors(), token=by == "token"))
         live.set_written_out(processes.by_first("prepare", lambda: live.written_out))
@@ -204,7 +204,7 @@ class InfluenceScores:
         known = None if folder is None else folder / FILE
 
         def chosen() -> tuple[tuple[LayerBasis, ...], float, bool]:
-            found = None if known is None else Basis.left(known, rows.fisher, damping)
+            found = None if known is None else Basis.read_whole(known, rows.fisher, damping)
             if found is not None and repr((found.compress, found.chosen_at)) == repr((compress, damping)):
                 return found.layers, damping, True
             return Basis.of(rows.fisher, damping, compress, probe).layers, damping, False
@@ -218,12 +218,12 @@ class InfluenceScores:
         sample = processes.each("prepare", lambda: rows.every(live, max(1, total // checked), before))
         sample = [part for rank in range(processes.size) for part in processes.sent_by(rank, sample)]
 
-        def told() -> Compression:
+        def compression() -> Compression:
             asked = None if queries is None else rows.queries(queries, "loss")
             some = None if asked is None else rows.sample(asked, max(1, asked.count() // checked))
             return measured(self._inverse, basis, Rows.cat(sample), some, rows.room(2 * rows.space.size))
 
-        report = processes.by_first("prepare", told)
+        report = processes.by_first("prepare", compression)
         refuse_error(report, most_error)
         settings = live.settings | {"compress": basis.settings}
         return LiveBlocks(live.problem, live.limit, settings, basis, report), report.bytes

@@ -162,7 +162,7 @@ class FisherOperator(ABC):
         """
         call = f"{self._name}.eigenvalues"
         return self._eigenvalues(
-            self._alike(call, lambda: self.size if k is None else check_count(call, "k", k, most=self.size))
+            self.together.each(call, lambda: self.size if k is None else check_count(call, "k", k, most=self.size))
         )
 
     @final
@@ -181,7 +181,7 @@ class FisherOperator(ABC):
             NoClosedFormError: as `eigenvalues`.
         """
         call = f"{self._name}.eigenvectors"
-        return self._eigenvectors(self._alike(call, lambda: check_count(call, "k", k, most=self.size)))
+        return self._eigenvectors(self.together.each(call, lambda: check_count(call, "k", k, most=self.size)))
 
     @final
     @without_autocast()
@@ -338,7 +338,7 @@ class FisherOperator(ABC):
     def __mul__(self, scale: float) -> FisherOperator:
         """scale · F; the scale must not be negative."""
         call, why = f"{self._name} * scale", "operators form a cone: a negative multiple is not positive semi-definite"
-        result = self._scaled(self._alike(call, lambda: check_number(call, "scale", scale, why=why)))
+        result = self._scaled(self.together.each(call, lambda: check_number(call, "scale", scale, why=why)))
         kept = {k: v for k, v in self.metadata.items() if (k, v) != ("normalization", "sum")}  # it is none any more
         result.metadata = {**kept, "terms": f"{scale} * ({self._title})"}
         return result
@@ -348,7 +348,7 @@ class FisherOperator(ABC):
     @final
     def __truediv__(self, divisor: float) -> FisherOperator:
         call = f"{self._name} / divisor"
-        return self * self._alike(call, lambda: 1 / check_number(call, "divisor", divisor, above=True))
+        return self * self.together.each(call, lambda: 1 / check_number(call, "divisor", divisor, above=True))
 
     @final
     def __radd__(self, other: int) -> FisherOperator:
@@ -359,7 +359,7 @@ class FisherOperator(ABC):
             if other != 0 or not is_integer(other):
                 raise InvalidTypeError(call, repr(other), "a FisherOperator")
 
-        self._alike(call, check)
+        self.together.each(call, check)
         return self
 
     @final
@@ -375,7 +375,7 @@ class FisherOperator(ABC):
             check_type(call, "", other, FisherOperator, "a FisherOperator")
             addends(self, other)
 
-        self._alike(call, check)
+        self.together.each(call, check)
         result = add(self, other)
         own = ("examples", "rows")  # numbers of each term, and not of the sum where they are equal
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v and k not in own}
@@ -665,11 +665,7 @@ class FisherOperator(ABC):
 
     def _columns(self, v: Vector, operation: str) -> tuple[Tensor, Callable[[Tensor], Vector]]:
         call = f"{self._name}.{operation}"
-        return self._alike(call, lambda: self.space.to_columns(v, call, dtype=self.dtype, device=self.device))
-
-    def _alike(self, call: str, check: Callable[[], T]) -> T:
-        """What a check of arguments gives; what it raises in one of the processes is an error in all of them."""
-        return self.together.each(call, check)
+        return self.together.each(call, lambda: self.space.to_columns(v, call, dtype=self.dtype, device=self.device))
 
     def _resolve(self, damping: Damping, operation: str, **settings: object) -> float:
         self.together.require_same(f"{self._name}.{operation}", lambda: {"damping": damping, **settings})

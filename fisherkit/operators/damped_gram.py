@@ -56,9 +56,9 @@ def damped_grams(
     # Bounds of the eigenvalues.
     largest = [torch.linalg.vector_norm(gram, 1, 1).max() if len(gram) else gram.sum() for gram in grams]
     tried = [damped_cholesky(gram, damping) for gram in grams]
-    told = torch.stack([*largest, *(failed.double() for _, failed in tried)]).tolist()
+    read = torch.stack([*largest, *(failed.double() for _, failed in tried)]).tolist()
     found = []
-    for part, (factor, _), size, failed in zip(parts, tried, told[: len(parts)], told[len(parts) :], strict=True):
+    for part, (factor, _), size, failed in zip(parts, tried, read[: len(parts)], read[len(parts) :], strict=True):
         rounding, exact = rounding_of(part.dtype, size, damping), precise or part.dtype == torch.float64
         if not exact and (rounding >= PRECISE or failed):
             exact = True

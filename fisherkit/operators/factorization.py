@@ -240,7 +240,7 @@ class Factorization(ABC):
             check_type(call, "generator", generator, torch.Generator | None, "a torch.Generator or None", try_=advice)
             check_count(call, "n", count)
 
-        operator._alike(call, check)
+        operator.together.each(call, check)
         noise = torch.randn(operator.size, count, dtype=operator.dtype, device=operator.device, generator=generator)
         draws = self._solve(self.damping**0.5 * noise + operator._draw(generator, count))
         return draws.squeeze(-1) if n is None else draws

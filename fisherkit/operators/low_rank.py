@@ -384,11 +384,11 @@ class GramProducts(RowProducts):
 
     def solve(self, queries: Rows) -> RowSolution:
         """(scale · JJᵀ + λI)⁻¹ JQ."""
-        return _GramSolution(self, self._alike(queries))
+        return _GramSolution(self, self._in_own_dtype(queries))
 
     def squares(self, rows: Rows) -> Float[Tensor, "R"]:
         """rᵀ(F + λI)⁻¹r of each row, float64."""
-        rows = self._alike(rows)
+        rows = self._in_own_dtype(rows)
         ones = torch.ones(rows.space.size, dtype=rows.dtype, device=rows.device)
         norms = rows.weighted_squares(ones).double()
         parts = []
@@ -408,7 +408,7 @@ class GramProducts(RowProducts):
         product = sum(slot.rows.product_cost(queries) for slot in self.rows.slots)
         return product * (2 * self.rows.count + others) + queries * self.rows.count**2
 
-    def _alike(self, rows: Rows) -> Rows:
+    def _in_own_dtype(self, rows: Rows) -> Rows:
         """In J's dtype, which is a wider one than the model's for half precision."""
         return rows.double() if self.rows.dtype == torch.float64 and rows.dtype != torch.float64 else rows
 
@@ -420,14 +420,14 @@ class _GramSolution(RowSolution):
         self._w = by.scale * by._solve(by.rows.cross_gram(queries, by.precise))
 
     def parts(self, rows: Rows) -> Iterator[Part]:
-        by, rows = self._by, self._by._alike(rows).written_out()
+        by, rows = self._by, self._by._in_own_dtype(rows).written_out()
         with_queries = rows.cross_gram_by_unit(self._queries, by.precise)
         with_rows = rows.cross_gram_by_unit(by.rows, by.precise)
         for (names, direct), (_, through) in zip(with_queries, with_rows, strict=True):
             yield names, direct.sub_(through @ self._w).div_(by.damping)
 
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
-        by, rows = self._by, self._by._alike(rows).written_out()
+        by, rows = self._by, self._by._in_own_dtype(rows).written_out()
         through = rows.cross_gram(by.rows, by.precise) @ self._w
         return rows.cross_gram(self._queries, by.precise).sub_(through).div_(by.damping)
 

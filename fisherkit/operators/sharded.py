@@ -56,7 +56,7 @@ class ShardedOperator(FisherOperator):
         names = () if own is None else own.space.names
         facts = None if own is None else (own.is_diagonal, own.inversion, own.decomposed_side)
         everyones = processes.gathered((names, facts))
-        self._names, self._facts = [own for own, _ in everyones], [told for _, told in everyones if told is not None]
+        self._names, self._facts = [own for own, _ in everyones], [facts for _, facts in everyones if facts is not None]
 
     @classmethod
     def of(
@@ -96,7 +96,7 @@ class ShardedOperator(FisherOperator):
             except FisherkitError as error:
                 return None, error
 
-        self._asked(what)
+        self._require_same_call(what)
         found, error = self.processes.each(what, tried)
         for one in self.processes.gathered(error):
             if one is not None:
@@ -108,7 +108,7 @@ class ShardedOperator(FisherOperator):
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         return self.processes.total(zero if found is None else found.to(zero))
 
-    def _asked(self, what: str) -> None:
+    def _require_same_call(self, what: str) -> None:
         """Refuse to go on if other processes are asked something else."""
         self.processes.require_alike(what, torch.zeros(0, device=self.device))
 
@@ -122,7 +122,7 @@ class ShardedOperator(FisherOperator):
         return self._product("matvec", self.own, lambda own, part: own._matmat(part), columns)
 
     def _diagonal(self) -> Float[Tensor, "D"]:
-        self._asked("diagonal")
+        self._require_same_call("diagonal")
         return self._joined(self.own, lambda own: own._diagonal().unsqueeze(1), 1).squeeze(1)
 
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
@@ -161,7 +161,7 @@ class ShardedOperator(FisherOperator):
         return self._joined(self.own, lambda own: own_leading(own, mine), k)
 
     def _to_dense(self) -> Float[Tensor, "D D"]:
-        self._asked("to_dense")
+        self._require_same_call("to_dense")
         whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         if self.own is not None:
             place = self.space.take(torch.arange(self.size, device=self.device), self._mine)
@@ -169,7 +169,7 @@ class ShardedOperator(FisherOperator):
         return self.processes.total(whole)
 
     def _scaled(self, scale: float) -> FisherOperator:
-        self._asked(f"{scale} * F")
+        self._require_same_call(f"{scale} * F")
         return self._of(self.own and self.own._scaled(scale))
 
     def _converted(self, dtype: torch.dtype, device: torch.device) -> FisherOperator:
@@ -278,17 +278,17 @@ class _ShardedFactorization(Factorization):
     def _solve_with_info(
         self, columns: Float[Tensor, "D K"], checkpoint: Path | None = None, *, progress: bool = False
     ) -> tuple[Float[Tensor, "D K"], SolveInfo]:
-        whole, told = self._whole, list[SolveInfo]()
+        whole, mine = self._whole, list[SolveInfo]()
         rank = whole.processes.rank
         file = checkpoint and checkpoint.with_suffix(f".process{rank}{checkpoint.suffix}")
 
         def solved(own: Factorization, part: Tensor) -> Tensor:
             solution, info = own._solve_with_info(part, file, progress=progress and rank == 0)
-            told.append(info)
+            mine.append(info)
             return solution
 
         solution = whole._product("solve", self._own, solved, columns)
-        infos = [info for one in whole.processes.gathered(told) for info in one]
+        infos = [info for one in whole.processes.gathered(mine) for info in one]
         residual = relative_residual(whole._matmat, solution, columns, damping=self.damping)
         return solution, SolveInfo.of_parts(infos, residual, self.damping)
 

@@ -247,26 +247,26 @@ class Capture:
         Cost: as of `BatchChecks`, and a forward pass of the batch where the user's does not serve.
         """
         chance = seen.random or seen.drawn
-        told = seen.replaced(drawn=False, numbers=batch.size if seen.drawn else seen.numbers)
-        if not self._checks.is_due(plan, batch.size, told):
+        known = seen.replaced(drawn=False, numbers=batch.size if seen.drawn else seen.numbers)
+        if not self._checks.is_due(plan, batch.size, known):
             return
         batch = batch.to(device := plan.example_parameter.device)
         alike = not (chance or coupled or torch.is_autocast_enabled(device.type))
         with self._watch.quiet(), without_autocast(), nullcontext() if alike else WithoutChance(device):
             try:
                 with plan.quiet():
-                    told = told if alike else told.replaced(z=batch.call(self.model))
-                self._compare(plan, batch, told)
+                    known = known if alike else known.replaced(z=batch.call(self.model))
+                self._compare(plan, batch, known)
                 return
             except ModelError:
                 with plan.quiet() as draws:
                     again = batch.call(self.model).detach()
-                if not self.model.training or (torch.equal(again, told.z.detach()) and not draws.happened):
+                if not self.model.training or (torch.equal(again, known.z.detach()) and not draws.happened):
                     raise  # else it draws numbers that were not seen
         with self._in_eval():
             with plan.quiet():
-                told = told.replaced(z=forward(plan, batch).z)
-            self._compare(plan, batch, told)
+                known = known.replaced(z=forward(plan, batch).z)
+            self._compare(plan, batch, known)
 
     def _refuse_nonlinear(self, plan: Plan, seen: Watched, coupled: list[str]) -> None:
         """Refuse rows that a backward pass which is not linear would not have."""
@@ -369,7 +369,7 @@ class Capture:
             return
         self._open.remove(one)
         if one.coupled:
-            one.chunks = self._again(one)
+            one.chunks = self._by_another_pass(one)
         elif one.chunks is None:
             self._judge(one)
             one.chunks = self._users_rows(one)
@@ -446,7 +446,7 @@ class Capture:
 
         return list(slots.chunks(one.batch, max(1, TILE // linearized.numbers_per_vector), rows))
 
-    def _again(self, one: Pass) -> list[Chunk]:
+    def _by_another_pass(self, one: Pass) -> list[Chunk]:
         """Rows by one more forward pass, with the same random numbers, in which statistics are constants."""
         plan = one.plan
         recorder = Recorder(

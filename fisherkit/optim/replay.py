@@ -164,10 +164,10 @@ class Replay(Capture):
         """
         calls, self._done = self._done, []
         own = bool(calls), fingerprint(self.owner) != self._made_of
-        told = processes.gathered(own)
-        if not any(some for some, _ in told):
+        answers = processes.gathered(own)
+        if not any(some for some, _ in answers):
             return
-        if any(changed for _, changed in told):
+        if any(changed for _, changed in answers):
             self._renew()
         gradients, self._gradients = self._gradients, {}  # of the sharded model, not of the copy
         try:

@@ -244,14 +244,14 @@ class Tracker:
         if function in SIZES:
             self.decided = self.decided or (self._is_ragged(args[0]) and args[0].numel() > 0)
             return
-        told = [t for t in tensors(args) if self._status(t) is not Mark.FREE]
-        if not told:
+        marked = [t for t in tensors(args) if self._status(t) is not Mark.FREE]
+        if not marked:
             return
         if isinstance(output, int):
             self.read.append(output)
         else:
             self.met = True
-        decides = any(map(self._is_real, told)) and not self._holds_for_parts(told[0], output)
+        decides = any(map(self._is_real, marked)) and not self._holds_for_parts(marked[0], output)
         self.decided = self.decided or decides
 
     def _of_examples(self, arguments: Any) -> bool:

@@ -89,9 +89,9 @@ class BatchChecks:
         content = seen.by_content
         if content or not seen.proven:
             return set() if content and place is None else self._compared, {(place if content else 0, size)}, True
-        told, alike = ("told", seen.read), ("company", size, seen.numbers)
-        parts = bool(seen.read) and told not in plan.tried.seen
-        return plan.tried.seen, {alike, told} if parts else {alike}, parts
+        read, batch = ("read", seen.read), ("batch", size, seen.numbers)
+        parts = bool(seen.read) and read not in plan.tried.seen
+        return plan.tried.seen, {batch, read} if parts else {batch}, parts
 
     def _gradients(self, size: int, place: int | None, seen: Watched) -> tuple[dict[Hashable, bool], Hashable]:
         """Where it is noted that gradients were compared, and under which key."""

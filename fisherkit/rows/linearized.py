@@ -317,7 +317,7 @@ class OneByOne:
     def __init__(self, plan: Plan, batch: Batch, *, follow: bool = False) -> None:
         watched = _by_example(plan, batch, follow)
         groups = [list(group) for _, group in itertools.groupby(range(batch.size), key=lambda n: _form(watched[n]))]
-        self.parts = [_Alike(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g], follow) for g in groups]
+        self.parts = [_Group(plan, batch.take(slice(g[0], g[-1] + 1)), [watched[n] for n in g], follow) for g in groups]
         self.passes, self.z = watched, torch.cat([part.z for part in self.parts])
 
     @property
@@ -376,7 +376,7 @@ def _stacked(parts: Sequence[Bool[Tensor, "b t"] | None]) -> Bool[Tensor, "B T"]
     return torch.cat([F.pad(part, (0, most - part.shape[1])) for part in known]) if len(known) == len(parts) else None
 
 
-class _Alike(Linearized):
+class _Group(Linearized):
     """Neighbouring examples whose passes, one an example, use parameters in the same way."""
 
     def __init__(self, plan: Plan, batch: Batch, passes: Sequence[Watched], follow: bool) -> None:

@@ -71,7 +71,7 @@ class Tried:
         answers: to "batched" and "matrix-free", yes or no; the "positions" that are examples of their own; inputs of a
             "last layer" that is the only one, or of a "head" above others, whose sums are known, 0 for none.
         vectors: of each kind, how many an example has, and how many positions the outputs have.
-        seen: what is not looked for again: "not shown", "silent", and a word with what was met, as "company" of a size.
+        seen: what is not looked for again: "not shown", "silent", and a word with what was met, as "batch" of a size.
     """
 
     answers: dict[str, int] = field(default_factory=dict)

@@ -212,7 +212,7 @@ class Watched:
         all are.
         """
         return [
-            shown or self._asked(use, gradient, [one[i] for one in multiplied])
+            shown or self._by_codes(use, gradient, [one[i] for one in multiplied])
             for i, (shown, use, gradient) in enumerate(zip(self.shown, self.uses, gradients, strict=True))
         ]
 
@@ -238,7 +238,7 @@ class Watched:
             return None
         return Regular(self.batch, use.axis.inner * lead[use.axis.dim + 1 :].numel())
 
-    def _asked(self, use: Use, gradient: Tensor | None, multiplied: Sequence[Tensor | None]) -> Arrangement | None:
+    def _by_codes(self, use: Use, gradient: Tensor | None, multiplied: Sequence[Tensor | None]) -> Arrangement | None:
         """By what the examples' numbers did to the gradient."""
         lead = use.lead
         entries = lead.numel()
