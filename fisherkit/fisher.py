@@ -196,9 +196,6 @@ class FisherApproximation(ForwardingOperator):
     def _recorded(self) -> dict[str, str]:
         return self._metadata if self._tally.counted is None else self.metadata
 
-    def _made_of(self) -> str:
-        return ""  # the metadata say it
-
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: with the rows that were to be made later, and what that records."""
         _ = self.held.stored_rows, self.metadata

@@ -36,6 +36,8 @@ class ImprovedEmpiricalFisher(FisherApproximation):
     not on the Fisher's scale: its trace does not vanish as the fit becomes perfect.
 
     Args:
+        model: as in `FisherApproximation`.
+        data: as in `FisherApproximation`, with targets.
         power: 1 for the paper's matrix, 0 for EF; ½ is a cheap cousin of the truncated Fisher of rank 1.
         options: the keywords of `FisherApproximation`.
     """
@@ -52,6 +54,8 @@ class SampledFisher(FisherApproximation):
     row, exactly.
 
     Args:
+        model: as in `FisherApproximation`.
+        data: as in `FisherApproximation`; targets may be None.
         draws: labels an example.
         seed: of the draws; ``generator=`` overrides it with a number drawn from the generator.
         options: the keywords of `FisherApproximation`.
@@ -88,6 +92,8 @@ class TruncatedFisher(FisherApproximation):
     `dropped_trace` says what each example lacks. See `fisherkit.truncation` for the construction and its sources.
 
     Args:
+        model: as in `FisherApproximation`.
+        data: as in `FisherApproximation`, with targets.
         rank: vectors an example.
         tolerance: instead of a rank, the largest share of its output Fisher's trace that an example may lack.
         options: the keywords of `FisherApproximation`.

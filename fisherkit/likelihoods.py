@@ -767,7 +767,7 @@ def _poisson(module: Any) -> Likelihood:
     return Poisson()
 
 
-_NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli] | type[Poisson]] = {
+NAMED: dict[str, type[Categorical] | type[Gaussian] | type[Bernoulli] | type[Poisson]] = {
     "categorical": Categorical,
     "gaussian": Gaussian,
     "bernoulli": Bernoulli,
@@ -838,16 +838,16 @@ def _resolved(likelihood: str | Likelihood | nn.Module) -> Likelihood:
     if not isinstance(likelihood, str):
         raise InvalidTypeError(
             "likelihood", f"the class or function {name}" if name else f"a {type(likelihood).__name__}",
-            f"one of {sorted(_NAMED)} or an instance of fk.likelihoods.Likelihood",
+            f"one of {sorted(NAMED)} or an instance of fk.likelihoods.Likelihood",
             try_="an object, as in nn.CrossEntropyLoss(), instead of its class or a function; for a loss of your own, "
             f"{_OWN}",
         )  # fmt: skip
-    if likelihood not in _NAMED:
+    if likelihood not in NAMED:
         raise InvalidArgumentError(
-            "likelihood", repr(likelihood), f"one of {sorted(_NAMED)}",
+            "likelihood", repr(likelihood), f"one of {sorted(NAMED)}",
             try_="an object of fk.likelihoods, or a loss module of torch's, for anything else",
         )  # fmt: skip
-    named = _NAMED[likelihood]()
+    named = NAMED[likelihood]()
     named.strict = True
     return named
 

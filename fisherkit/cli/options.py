@@ -17,6 +17,7 @@ import typer
 from fisherkit.arguments import check_device
 from fisherkit.cli.command import TYPER, in_flags
 from fisherkit.errors import InvalidArgumentError
+from fisherkit.likelihoods import NAMED
 from fisherkit.structures import structures
 from fisherkit.vectors import rule_of, spellings
 
@@ -115,7 +116,7 @@ def kind_check(text: str, also: tuple[str, ...] = ()) -> str:
 
 def likelihood_check(text: str) -> str:
     """A likelihood by name, or a function of the user's that returns a loss."""
-    names = one_of("categorical", "gaussian", "bernoulli", "poisson", also=", or package.module:function")
+    names = one_of(*NAMED, also=", or package.module:function")
     return text if ":" in text else names(text)
 
 
@@ -140,7 +141,7 @@ KIND = f"{', '.join(spellings())}."
 STRUCTURE = f"{', '.join(structures())}."
 structure_check = one_of(*structures())
 
-LIKELIHOOD = "categorical, gaussian, bernoulli, poisson, or package.module:function that returns a loss module."
+LIKELIHOOD = f"{', '.join(NAMED)}, or package.module:function that returns a loss module."
 
 Kind: TypeAlias = Annotated[str, _option("KIND", f"Which Fisher: {KIND}", parser=kind_check)]
 Structure: TypeAlias = Annotated[str, _option("NAME", f"What is kept of it: {STRUCTURE}", parser=structure_check)]

@@ -239,7 +239,7 @@ class InfluenceScores:
         """
         self._model_rows.begin()
         blocks = read_blocks(folder, self._model_rows.fisher, self.damping)
-        return self._training(blocks, token=bool(blocks.settings.get("token")))
+        return self._training("read", blocks, token=bool(blocks.settings.get("token")))
 
     @overload
     def scores(
@@ -287,9 +287,10 @@ class InfluenceScores:
         Cost: the rows of both sides, one solve for each query, N·Q products of rows; or, where it takes fewer
         operations, inner products of rows alone.
         """
-        _check_options(by, groups, normalize)
+        call = "scores"
+        _check_options(call, by, groups, normalize)
         self._model_rows.begin()
-        train = self._training(train, token=by == "token")
+        train = self._training(call, train, token=by == "token")
         if groups is not None and groups.shape != (train.count(),):
             _check_group_count(groups, train.counted())  # before anything is computed
         weights = self._weights(normalize, train)
@@ -329,10 +330,10 @@ class InfluenceScores:
         """
         call = f"top(k={k})"
         check_count(call, "k", k)
-        _check_options(None, None, normalize)
+        _check_options(call, None, None, normalize)
         self._model_rows.begin()
         tops: list[tuple[Tensor, ...]] = []
-        train = self._training(train, token=False)
+        train = self._training(call, train, token=False)
         weights = self._weights(normalize, train)
         for block, form, others in self._query_blocks(queries, train, measurement):
             none = torch.empty(block.size, 0, dtype=self._model_rows.dtype, device=self._model_rows.device)
@@ -377,7 +378,7 @@ class InfluenceScores:
         check_type(call, "approximation", approximation, LowRankQueries, "fk.influence.LowRankQueries(rank)")
         check_count(call, "checked", checked)
         self._model_rows.begin()
-        blocks = self._training(train, token=False)
+        blocks = self._training(call, train, token=False)
         if blocks.basis is not None:
             raise InvalidArgumentError(
                 call, "compressed rows", "whole ones", why="its error is that of one approximation",
@@ -415,7 +416,7 @@ class InfluenceScores:
         for the full structure their inner products with the Fisher's rows, else one solve an example.
         """
         self._model_rows.begin()
-        blocks = self._training(train, token=False)
+        blocks = self._training("self_influence", train, token=False)
         return _finite(torch.cat([self._scale * self._squares(block, blocks) for block in blocks]), "self_influence")
 
     @without_autocast()
@@ -441,27 +442,27 @@ class InfluenceScores:
 
     # -- shared --------------------------------------------------------------------------------------------------------
 
-    def _training(self, train: Data | RowBlocks, *, token: bool) -> RowBlocks:
+    def _training(self, call: str, train: Data | RowBlocks, *, token: bool) -> RowBlocks:
         if not isinstance(train, RowBlocks):
             return self._model_rows.live(train, EmpiricalVectors(), token=token)
         own = self._model_rows.settings(token=token)
         changed = [name for name in own if train.settings.get(name) != own[name]]
         if changed == ["token"]:
             raise InvalidArgumentError(
-                "scores(train)", f"rows prepared with by={None if token else 'token'!r}",
+                f"{call}(train)", f"rows prepared with by={None if token else 'token'!r}",
                 f"by={'token' if token else None!r}",
                 try_='prepare(train, by="token") for scores by token, prepare(train) for all others',
             )  # fmt: skip
         if changed:
             raise InvalidArgumentError(
-                "scores(train)", f"rows prepared with different {', '.join(changed)}",
+                f"{call}(train)", f"rows prepared with different {', '.join(changed)}",
                 "rows of this model, over the Fisher's parameters, of the same loss",
                 why="∇ℓ and F must be taken at one point", try_="prepare(train) of this InfluenceScores",
             )  # fmt: skip
         basis = train.basis
         if basis is not None and (basis.fisher is not self._model_rows.fisher or basis.damping != self.damping):
             raise InvalidArgumentError(
-                "scores(train)", "rows that were compressed for another Fisher or damping",
+                f"{call}(train)", "rows that were compressed for another Fisher or damping",
                 "those of this InfluenceScores", why="the eigenvectors are the Fisher's, with its inverse",
                 try_="read(folder) or prepare(train, compress=...) of this InfluenceScores",
             )  # fmt: skip
@@ -547,8 +548,7 @@ MANY = 1 << 20
 """Groups that may be empty."""
 
 
-def _check_options(by: Any, groups: Any, normalize: Any) -> None:
-    call = "scores"
+def _check_options(call: str, by: Any, groups: Any, normalize: Any) -> None:
     check_type(call, "groups", groups, Tensor | None, "a tensor of integers")
     if groups is not None and (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool):
         raise InvalidTypeError(call, f"groups of {groups.dtype}", "a tensor of integers")

@@ -72,10 +72,10 @@ class Capture:
         self.examples = self.offset = self._passes = 0
         self._checks = BatchChecks()
         self._plans: dict[Hashable, Plan] = {}
-        self._chosen: set[int] = set()
+        self._chosen: set[Plan] = set()
         self._used: set[str] = set()
-        self._seen: set[int] = set()
-        self._through: dict[int, bool] = {}
+        self._seen: set[Plan] = set()
+        self._through: dict[Plan, bool] = {}
         self._open: list[object] = []
         self._begun: tuple[Recorder, Plan, Batch, list[str], RngState | None] | None = None
         self._parameters: dict[str, nn.Parameter] = {}
@@ -168,8 +168,8 @@ class Capture:
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
         hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
         cut = [name for name in hidden if name in recorder.without_graph]
-        if cut or id(plan) not in self._seen:
-            self._seen.add(id(plan))
+        if cut or plan not in self._seen:
+            self._seen.add(plan)
             nodes = [use.edge.node for use in watched.uses]
             refuse_reentrant(z, nodes, cut or hidden, f"{self.call}, forward pass", cut=bool(cut))
         with explained_errors(self.model, plan.space, batch):
@@ -356,7 +356,7 @@ class Capture:
             one.chunks = self._own_rows(one, Linearized(one.plan, one.batch, one.watched))
         elif not one.coupled:
             self._passes += 1
-            if is_checked(self._passes) or not self._through.get(id(one.plan), False):  # for ways around the outputs
+            if is_checked(self._passes) or not self._through.get(one.plan, False):  # for ways around the outputs
                 edges, options = one.watched.edges, {"retain_graph": True, "allow_unused": True}
                 with self._watch.quiet():
                     one.expected = torch.autograd.grad(one.z, edges, one.gradient, **options) if edges else ()
@@ -381,17 +381,16 @@ class Capture:
         """Gradients at layers that come by other ways than the outputs, as of auxiliary losses, are no rows' parts."""
         if one.expected is None:
             return
-        place = id(one.plan)
-        if self._through.get(place, True):
+        if self._through.get(one.plan, True):
             through = one.through_outputs()
             if through is not None:
-                self._through[place] = through
+                self._through[one.plan] = through
             if through is False:
                 self.warn(
                     "the loss reaches layers in other ways than through the model's outputs (an auxiliary loss): rows "
                     "are those of the outputs, which costs one more backward pass a step. The gradient is unchanged."
                 )
-        if not self._through.get(place, True):  # what came through the outputs takes the place of what arrived
+        if not self._through.get(one.plan, True):  # what came through the outputs takes the place of what arrived
             pairs = zip(one.uses, one.expected, strict=True)
             one.found = {id(use.edge): gradient for use, gradient in pairs if gradient is not None}
         one.expected = None
@@ -406,8 +405,8 @@ class Capture:
             raise explained(error, [z], self.first) from None
         self.examples += z.shape[0]
         slots = Slots.of(one.seen.outputs, self.rule, False, one.seen.counts, traced=False)
-        if self._written_out and id(one.plan) not in self._chosen:
-            self._chosen.add(id(one.plan))  # once: rows of the passes of a step are joined, so all are kept in one way
+        if self._written_out and one.plan not in self._chosen:
+            self._chosen.add(one.plan)  # once: rows of the passes of a step are joined, so all are kept in one way
             for unit in one.plan.ruled:
                 unit.choose(slots.number, lean=False)
         return one.seen, slots

@@ -85,7 +85,7 @@ class Tried:
         return self.answers[question]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Findings:
     """What is found out about a model: how rows of some of its parameters are made. Holds no tensor and no model.
 

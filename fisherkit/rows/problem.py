@@ -1,7 +1,6 @@
 """A Fisher to be computed: model, data, kind and conventions, and the one loop over the data.
 
-Yields rows; what becomes of them (stored, squared, factored) is the builder's business. N is counted here and nowhere
-else.
+Yields rows; what becomes of them (stored, squared, factored) is the builder's business.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ class Problem:
         folds: whether positions may become examples of their own where vectors are of single ones.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
         settled: what `fingerprint` says of the model before such passes; None during the build.
-        checks: what has been looked at of its batches; the only thing here that grows.
+        checks: what has been looked at of its batches, which grows with them.
     """
 
     plan: Plan

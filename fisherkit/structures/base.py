@@ -70,8 +70,9 @@ Parts = dict[Names, Part]
 
 @dataclass(frozen=True)
 class Added(ABC):  # noqa: B024  # subclasses have abstract methods
-    """What has been added up, frozen: every method returns a new one. A Fisher is linear in each field but `constant`.
+    """What has been added up, frozen: every method returns a new one; what adding or an operator took is spent.
 
+    A Fisher is linear in each field but `constant`.
     Rows are scaled by the weight's root, and integers, which count, not at all.
     """
 
