@@ -28,6 +28,7 @@ from fisherkit import (
 )
 from fisherkit.randomness import keyed_uniform
 from fisherkit.testing import ConformanceReport, check_fisher
+from tests.conftest import check_annotations
 from tests.reference import fisher as reference
 from tests.reference.fisher import Problem, Rows, forward_one
 from tests.reference.models import EVERY_FORM, FAMILIES
@@ -168,12 +169,12 @@ def build(
 @contextmanager
 def annotations_checked(check: bool) -> Iterator[None]:
     """Whether the shape annotations of the package are enforced."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", not check)
+    before = not jaxtyping.config.jaxtyping_disable
+    check_annotations(check)
     try:
         yield
     finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
+        check_annotations(before)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

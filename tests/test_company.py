@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.rows import verified
 from fisherkit.rows.plan import make_plan
+from tests.axes import pairwise
 from tests.test_later_uses import TOKENS, Model, X, check
 
 Change = Callable[[Tensor], Tensor]
@@ -66,9 +67,10 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("structure", ["full", "kfac"])
-@pytest.mark.parametrize("size", [8, 2])
-@pytest.mark.parametrize(("function", "shape", "x", "change"), CHANGES)
+@pytest.mark.parametrize(
+    ("function", "shape", "x", "change", "size", "structure"),
+    [(*change, *rest) for change, *rest in pairwise(CHANGES, [8, 2], ["full", "kfac"])],
+)
 def test_second_build__refuses_what_reaches_inputs_without_a_gradient(
     function: Callable[..., Tensor], shape: tuple[int, int], x: Tensor, change: Change, size: int, structure: str
 ) -> None:
@@ -193,9 +195,12 @@ def hooked(x: Tensor, w: Tensor, b: Tensor, *last: Tensor, hook: Callable[[Tenso
     return F.linear(h.tanh(), *last) if last else h
 
 
-@pytest.mark.parametrize("options", [{}, {"structure": "diagonal"}, {"memory_budget": 1}], ids=str)
-@pytest.mark.parametrize("shapes", [[(3, 3), (3,)], [(3, 3), (3,), (2, 3), (2,)]], ids=["last", "hidden"])
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    ("hook", "shapes", "options"),
+    pairwise(
+        HOOKS, [[(3, 3), (3,)], [(3, 3), (3,), (2, 3), (2,)]], [{}, {"structure": "diagonal"}, {"memory_budget": 1}]
+    ),
+)
 def test_hooks_on_the_graph__are_part_of_each_examples_own_gradient(
     hook: Callable[[Tensor], None], shapes: list[tuple[int, ...]], options: dict[str, Any]
 ) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
+from tests.axes import pairwise
 from tests.test_later_uses import Model, check
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
@@ -72,17 +73,19 @@ def products(model: nn.Module, *data: Tensor, **options: Any) -> Tensor:
     return fisher @ torch.ones(fisher.size, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("options", [{}, {"structure": "kfac"}, {"storage": "stream"}], ids=str)
-@pytest.mark.parametrize("decide", DECIDE)
+@pytest.mark.parametrize(
+    ("decide", "options", "inside"),
+    pairwise(DECIDE, [{}, {"structure": "kfac"}, {"storage": "stream"}], [False, True]),
+    ids=str,
+)
 def test_statistic_that_python_reads__is_refused_where_one_example_alone_would_decide_otherwise(
-    decide: str, options: dict[str, Any]
+    decide: str, options: dict[str, Any], inside: bool
 ) -> None:
-    for inside in (False, True) if decide not in ("list", "numpy") else (False,):
-        one = model(decide, inside=inside)
-        for _ in range(2):
-            with pytest.raises(fk.ModelError, match="change with the rest"):
-                products(one, FEW, X, **options)
-        check(one, FEW)  # all decide alike
+    one = model(decide, inside=inside and decide not in ("list", "numpy"))
+    for _ in range(2):
+        with pytest.raises(fk.ModelError, match="change with the rest"):
+            products(one, FEW, X, **options)
+    check(one, FEW)  # all decide alike
 
 
 @pytest.mark.parametrize("decide", ["bool", "number"])
@@ -110,9 +113,11 @@ TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("way", TENSORS)
-@pytest.mark.parametrize("options", [{}, {"structure": "diagonal"}, {"storage": "stream"}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "way", "inside"),
+    pairwise([{}, {"structure": "diagonal"}, {"storage": "stream"}], TENSORS, [False, True]),
+    ids=str,
+)
 def test_statistic_in_tensors__is_refused_where_one_example_alone_would_decide_otherwise(
     way: str, inside: bool, options: dict[str, Any]
 ) -> None:
@@ -173,9 +178,7 @@ def step(net: Net, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
-@pytest.mark.parametrize("decide", [*DECIDE, noted])
+@pytest.mark.parametrize(("decide", "options", "dropout"), pairwise([*DECIDE, noted], OPTIMIZERS, [0.0, 0.3]))
 def test_step__of_a_batch_whose_statistic_decides(decide: Any, options: dict[str, Any], dropout: float) -> None:
     net = Net(DECIDE.get(decide, decide), dropout)
     optimizer = fk.optim.NaturalGradient(net, lr=0.1, **options)

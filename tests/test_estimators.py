@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisherkit import estimators
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError, NonFiniteError, NotConvergedWarning
+from tests.axes import pairwise
 
 D = 60
 
@@ -109,9 +110,7 @@ def test_trace_and_diagonal__standard_error_is_that_of_the_theory() -> None:
 # -- Lanczos ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("scale", SCALED)
-@pytest.mark.parametrize("k", [1, 3, 25, D])
+@pytest.mark.parametrize(("k", "scale", "spectrum"), pairwise([1, 3, 25, D], SCALED, SPECTRA))
 def test_eigenvalues__equal_the_largest_of_eigh(spectrum: str, scale: float, k: int) -> None:
     operator = symmetric(SPECTRA[spectrum].double() * scale)
     k = min(k, operator.size)

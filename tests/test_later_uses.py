@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fisherkit as fk
 from tests import by_hand
+from tests.axes import pairwise
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TOKENS = torch.randint(1, 6, (8, 4), generator=torch.Generator().manual_seed(0))
@@ -178,9 +179,11 @@ def batches(*signs: int) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("signs", [(1, -1, 1), (-1, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("structure", ["diagonal", "ekfac", "full", "block"])
+@pytest.mark.parametrize(
+    ("structure", "signs", "in_place"),
+    pairwise(["diagonal", "ekfac", "full", "block"], [(1, -1, 1), (-1, 1), (1, 1)], [False, True]),
+    ids=str,
+)
 def test_build__of_a_layer_that_is_silent_in_some_batch(structure: str, signs: tuple[int, ...], in_place: bool) -> None:
     torch.manual_seed(0)
     model, data = Sometimes(in_place).double(), batches(*signs)

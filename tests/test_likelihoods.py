@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fisherkit as fk
 from fisherkit.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from tests.axes import pairwise
 from tests.reference import outputs as reference
 from tests.theorem_cases import error, metric
 
@@ -119,9 +120,10 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda x: getattr(x, "kind_name", str(x)))
-@pytest.mark.parametrize("name", ["bernoulli", "gaussian"])
-@pytest.mark.parametrize("leading", [(4,), (2, 3)], ids=["examples", "sequences"])
+@pytest.mark.parametrize(
+    ("leading", "name", "kind", "options"),
+    [(leading, name, *kind) for leading, name, kind in pairwise([(4,), (2, 3)], ["bernoulli", "gaussian"], KINDS)],
+)
 def test_defaults__give_every_kind_its_matrix(
     name: str, kind: type[fk.FisherApproximation], options: dict[str, float], leading: tuple[int, ...]
 ) -> None:

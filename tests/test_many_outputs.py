@@ -17,6 +17,7 @@ import fisherkit as fk
 from fisherkit.rows.problem import Problem
 from fisherkit.vectors import ExactVectors
 from tests import by_hand
+from tests.axes import pairwise
 from tests.reference.zoo import Compose
 
 F64 = torch.float64
@@ -139,9 +140,7 @@ def test_diagonal__of_a_head_is_that_of_the_hessians(case: str, example: str) ->
     torch.testing.assert_close(fisher.diagonal(), expected / fisher.examples, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kfac_positions", ["expand", "reduce"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "weight alone"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "bias", "kfac_positions"), pairwise(CASES, [True, False], ["expand", "reduce"]))
 def test_kfac__of_a_head_has_the_sum_of_the_hessians_as_factor(case: str, bias: bool, kfac_positions: str) -> None:
     likelihood, loss, target = CASES[case]
     model, x = made()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.rows.differentiable import HOOKS_FIRE
 from tests import by_hand
+from tests.axes import pairwise
 
 Change = Callable[[Tensor], Tensor]
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -74,11 +75,10 @@ WAYS = ["function", "tensor", "module", "parameter"]
 KINDS: dict[str, Any] = {"exact": fk.ExactFisher, "sf": fk.SampledFisher, "truncated": fk.TruncatedFisher}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"structure": "diagonal"}, {"structure": "kfac"}, {"storage": "stream"}], ids=str
-)
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("way", WAYS)
+OPTIONS: list[dict[str, Any]] = [{}, {"structure": "diagonal"}, {"structure": "kfac"}, {"storage": "stream"}]
+
+
+@pytest.mark.parametrize(("way", "change", "options"), pairwise(WAYS, CHANGES, OPTIONS), ids=str)
 def test_matrix__that_would_depend_on_the_vectors_size_is_refused(
     way: str, change: str, options: dict[str, Any]
 ) -> None:
@@ -177,9 +177,11 @@ class OfLarge(Net):
         return super().forward(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("structure", ["full", "kfac", "diagonal"])
-# But for the largest entry of one example's δxᵀ, which is linear in it.
-@pytest.mark.parametrize(("way", "change"), [p for p in product(WAYS, CHANGES) if p != ("parameter", "largest")])
+@pytest.mark.parametrize(
+    ("way", "change", "structure"),
+    # But for the largest entry of one example's δxᵀ, which is linear in it.
+    [p for p in pairwise(WAYS, CHANGES, ["full", "kfac", "diagonal"]) if p[:2] != ("parameter", "largest")],
+)
 def test_matrix__of_a_change_that_only_later_examples_meet(way: str, change: str, structure: str) -> None:
     kind = list(KINDS.values())[len(way + change) % 3]
     net = OfLarge(lambda g: CHANGES[change](g) if net.large else g, way)
@@ -363,14 +365,18 @@ class Gated(Net):
         return self.last(h)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("options", [{}, {"storage": "stream"}, {"chunk_size": 2}, {"structure": "diagonal"}], ids=str)
-@pytest.mark.parametrize("sizes", [[6], [1] * 6, [5, 1], [2, 4]], ids=str)
-@pytest.mark.parametrize("kind", ["ef", "exact"])
-@pytest.mark.parametrize("before", ["nothing", "None", "1", "6"])
-@pytest.mark.parametrize("way", ["tensor", "module"])
+@pytest.mark.parametrize(
+    ("where", "sizes", "kind", "options"),
+    pairwise(
+        product(["tensor", "module"], ["nothing", "None", "1", "6"]), [[6], [1] * 6, [5, 1], [2, 4]],
+        ["ef", "exact"], [{}, {"storage": "stream"}, {"chunk_size": 2}, {"structure": "diagonal"}],
+    ),
+    ids=str,
+)  # fmt: skip
 def test_matrix__of_hooks_that_read_what_the_forward_pass_left(
-    way: str, before: str, kind: str, sizes: list[int], options: dict[str, Any]
+    where: tuple[str, str], sizes: list[int], kind: str, options: dict[str, Any]
 ) -> None:
+    way, before = where
     torch.manual_seed(0)
     net = Gated(way, before)
     kept = net.__dict__.get("gate")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.model_state import with_checksum
+from tests.axes import pairwise
 from tests.bad_input import X, Y, mlp, normal
 from tests.optim_loops import flat
 
@@ -174,9 +175,10 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("beside", [False, True], ids=["natural", "preconditioner"])
-@pytest.mark.parametrize("name", ["momentum", "diagonal", "kfac", "kfac-every", "ekfac", "layer-every"])
+@pytest.mark.parametrize(
+    ("name", "beside", "other"),
+    pairwise(["momentum", "diagonal", "kfac", "kfac-every", "ekfac", "layer-every"], [False, True], OTHERS),
+)
 def test_load__of_another_models_state_is_refused_and_changes_nothing(name: str, beside: bool, other: str) -> None:
     source, (make, words) = Run(SETTINGS[name], beside), OTHERS[other]
     source.steps(0, 2)

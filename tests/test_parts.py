@@ -26,6 +26,7 @@ from fisherkit.cli import app
 from fisherkit.memory import give_back
 from fisherkit.structures import kronecker
 from tests import ranks
+from tests.axes import pairwise
 from tests.commands import Running
 from tests.conformance_cases import KINDS, build, problem
 
@@ -60,9 +61,9 @@ def needed(model: nn.Module, data: Any, structure: str, **options: Any) -> int:
 # -- in memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ["kfac", "ekfac", "nkp"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["mlp", "tied_head_parameter"])
+@pytest.mark.parametrize(
+    ("family", "kind", "structure"), pairwise(["mlp", "tied_head_parameter"], KINDS, ["kfac", "ekfac", "nkp"])
+)
 def test_build__in_parts_is_the_whole_build(family: str, kind: str, structure: str) -> None:
     of = problem(family)
     # Factors in the rows' own dtype become the operator's in place, so that all fit where the result does.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
+from tests.axes import pairwise
 from tests.theorem_cases import build, error, problem
 
 # More examples than any layer here has inputs, and no two inputs of a convolution that see the same pixels: no factor
@@ -67,10 +68,9 @@ def curvlinops_scale(likelihood: str, reduction: str, kind: str) -> float:
     return scale if reduction == "sum" or likelihood == "categorical" else scale / 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "likelihood", "reduction", "kind"), pairwise(MODELS, LIKELIHOODS, ["mean", "sum"], KINDS)
+)
 def test_curvlinops__full_matrix_is_ours(model: str, likelihood: str, reduction: str, kind: str) -> None:
     net, x, y = case(model, likelihood)
     operator = {"empirical": curvlinops.EFLinearOperator, "type-2": curvlinops.GGNLinearOperator}[kind]
@@ -79,11 +79,10 @@ def test_curvlinops__full_matrix_is_ours(model: str, likelihood: str, reduction:
     assert error(theirs, curvlinops_scale(likelihood, reduction, kind) * ours) < 1e-13
 
 
-@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
-@pytest.mark.parametrize("positions", ["expand", "reduce"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "likelihood", "kind", "positions", "structure"),
+    pairwise(MODELS, LIKELIHOODS, KINDS, ["expand", "reduce"], ["kfac", "ekfac"]),
+)
 def test_curvlinops__kronecker_factors_are_ours(
     model: str, likelihood: str, kind: str, positions: str, structure: str
 ) -> None:
@@ -229,10 +228,9 @@ def nngeometry_matrix(kind: str, structure: str, likelihood: str, model: nn.Modu
 
 
 @pytest.mark.usefixtures("float64_by_default")
-@pytest.mark.parametrize("structure", REPRESENTATIONS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("likelihood", VARIANTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "likelihood", "kind", "structure"), pairwise(MODELS, VARIANTS, KINDS, REPRESENTATIONS)
+)
 def test_nngeometry__every_representation_is_ours(model: str, likelihood: str, kind: str, structure: str) -> None:
     net, x, y = case(model, likelihood)
     theirs = nngeometry_matrix(kind, structure, likelihood, net, x, y).to_torch()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fisherkit as fk
 from fisherkit.rows import recurrent
 from tests import by_hand
+from tests.axes import pairwise
 from tests.snapshot import untouched
 
 F64 = torch.float64
@@ -68,9 +69,7 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.randint(1, 6, (N,), generator=generator), torch.randint(3, (N,), generator=generator)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("structure", ["full", "diagonal"])
+@pytest.mark.parametrize(("structure", "form", "packed"), pairwise(["full", "diagonal"], FORMS, [False, True]))
 def test_rows__are_those_of_single_examples(structure: str, form: str, packed: bool) -> None:
     model, (x, lengths, y) = Net(form).double(), data()
     inputs = (x, lengths) if packed else (x,)

@@ -18,6 +18,7 @@ from fisherkit.space import ParameterSpace
 from fisherkit.testing import check_fisher
 from fisherkit.vectors import rule_of
 from tests import by_hand
+from tests.axes import pairwise
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("ef", {}), ("ief", {}), ("ief", {"power": 0.5}), ("sf", {"draws": 2}), ("exact", {}),
@@ -49,9 +50,9 @@ def output_fisher(rule: OutputRule, outputs: Outputs) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("positions", [1, 3])
-@pytest.mark.parametrize("likelihood", TARGETS)
-@pytest.mark.parametrize(("kind", "options"), KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options", "likelihood", "positions"), [(*kind, *rest) for kind, *rest in pairwise(KINDS, TARGETS, [1, 3])]
+)
 def test_output_fisher__is_the_kinds_and_a_multiple_of_iefs(
     kind: str, options: dict[str, Any], likelihood: str, positions: int
 ) -> None:

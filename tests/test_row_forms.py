@@ -23,6 +23,7 @@ from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.problem import Problem
 from fisherkit.rows.verified import plan_for
 from fisherkit.vectors import EmpiricalVectors
+from tests.axes import pairwise
 from tests.conformance_cases import build, problem
 from tests.influence_cases import data
 from tests.small_data import X, Y, mlp, same
@@ -100,9 +101,7 @@ def scores_of(dtype: torch.dtype, rounded: torch.dtype, damping: float) -> Tenso
     return InfluenceScores(fisher, model, damping=fk.RelativeDamping(damping)).scores((x[:3] + 1, Y[:3]), (x, Y))
 
 
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", "turned back"])
-@pytest.mark.parametrize("method", ["kfac", "ekfac"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method", "turned"), pairwise(FAMILIES, ["kfac", "ekfac"], [True, False]))
 def test_turned_rows__give_what_solved_columns_do(
     family: str, method: str, turned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

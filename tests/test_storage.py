@@ -22,6 +22,7 @@ from fisherkit.rows.collection import Rows
 from fisherkit.rows.streamed import LaterRows, products_before_rows
 from fisherkit.testing import check_fisher
 from tests import by_hand
+from tests.axes import pairwise
 from tests.snapshot import untouched
 
 F64 = torch.float64
@@ -282,9 +283,9 @@ USES: dict[str, Callable[[fk.FisherApproximation], object]] = {
 }
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("change", [in_place, unseen, replaced, hooked], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("before", [False, True], ids=["at once", "after a product"])
+@pytest.mark.parametrize(
+    ("before", "change", "use"), pairwise([False, True], [in_place, unseen, replaced, hooked], USES)
+)
 def test_later__a_changed_model_is_refused(use: str, change: Callable[[nn.Module], None], before: bool) -> None:
     model = perceptron()
     fisher = fk.ExactFisher(model, batches())
