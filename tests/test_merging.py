@@ -350,6 +350,32 @@ def test_merge__two_kronecker_products_of_a_large_layer_are_solved_in_a_basis_of
     check(result, mc.flat(direct, fishers[0].space), fishers[0].space, 1e-6 if damping < 1e-3 else 1e-8)
 
 
+@pytest.mark.parametrize("damping", [3e-2, 1e-4])
+@pytest.mark.parametrize(("count", "most"), [(2, 10), (3, 15), (5, 18)])
+def test_merge__products_whose_outputs_are_damped_take_few_steps(
+    count: int, most: int, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "DENSE_SIZE", 0)
+    monkeypatch.setattr(kronecker_sum, "MOST_NUMBERS", 0)
+    fishers = hard_layers(count, F64)
+    models, (outputs, inputs) = mc.states(fishers[0].space, count), fishers[0].space.shapes[0]
+    merged, info = fk.merging.merge(models, fishers, damping=fk.RelativeDamping(damping), return_info=True)
+    thetas = [torch.cat([m["l.weight"], m["l.bias"].unsqueeze(1)], 1).reshape(-1) for m in models]
+    center = torch.stack(thetas).mean(0)
+    total, right = damping * torch.eye(len(center), dtype=F64), torch.zeros_like(center)
+    for fisher, theta in zip(fishers, thetas, strict=True):
+        a, g = fisher.factors
+        g = g + (g @ g).trace() / g.trace() * torch.eye(outputs, dtype=F64)
+        matrix = torch.kron(g, a)
+        matrix *= len(center) / matrix.trace() / count
+        total, right = total + matrix, right + matrix @ (theta - center)
+    expected = (center + torch.linalg.solve(total, right)).reshape(outputs, inputs + 1)
+    found = torch.cat([merged["l.weight"], merged["l.bias"].unsqueeze(1)], 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert info.converged
+    assert 0 < info.blocks[0].steps <= most
+
+
 def test_merge__two_products_that_run_out_of_steps_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kronecker_sum, "MOST_NUMBERS", 0)
     fishers = hard_layers(2, F64)

@@ -266,8 +266,8 @@ def _refined(
 # -- how long it will take ---------------------------------------------------------------------------------------------
 
 
-STEPS = 60
-"""Of conjugate gradients, as layers of MiniLM take with the default damping."""
+STEPS = 20
+"""Of conjugate gradients, a few more than layers of MiniLM take with the default dampings."""
 
 EIGEN = 45
 """Decompositions of a matrix of size n take about 9 n³ operations at a fifth of a matrix product's speed."""
