@@ -39,11 +39,6 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 OF_GRADIENTS = 'a Fisher of kind "ef" or "ief" in float32 or float64, whose rows are what autograd gives for the loss'
 """What a Fisher can try where gradients are not linear in the outputs'."""
 
-HELD = 31 << 20
-"""Bytes that are asked for and let go before a model is looked at. Linux's C library keeps memory that is let go
-for later tensors up to about the size of the largest that ever was, 32 MiB at most; larger ones are new memory from the
-system each time, which takes as long as a few operations on it."""
-
 LARGE = 1 << 20
 """Outputs that are not copied as a whole to be compared."""
 
@@ -315,7 +310,6 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
             "the Fisher of this model", "parameters on the meta device", "parameters with values",
             try_="model.to_empty(device=...) and load its weights",
         )  # fmt: skip
-    torch.UntypedStorage(HELD)
     with plan.quiet():
         probe = batch.take(two_of(batch, alone))
         watched, random = probed(plan, probe)
