@@ -53,5 +53,6 @@ def warn_of_probabilities(model: nn.Module, z: Float[Tensor, "k C"], link: str, 
         f"{link} on them once more, and the Fisher would be another loss's. Try: the model without it, trained with "
         f"{advice}, or its logits in a small nn.Module around the model"
         + (", or log-probabilities" if link == "softmax" else "") + "."
+        + ("" if makers else " No layer was found that makes them: if they are logits, all is well.")
     )  # fmt: skip
     return True

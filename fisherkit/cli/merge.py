@@ -288,7 +288,11 @@ class Merge:
         missing = [str(path) for path in (*self.model, *others) if not path.exists()]
         missing += [str(path) for path in fishers if not path.exists() and not index_of(path).exists()]
         if missing:
-            _refuse(f"paths that do not exist: {missing}", "models and Fisher files", try_="check the paths")
+            _refuse(
+                f"paths that do not exist: {missing}", "models and Fisher files",
+                try_="other paths; of a model of your own, the file that "
+                "safetensors.torch.save_file(model.state_dict(), path) writes",
+            )  # fmt: skip
         io.require_folder(out.parent, f"{CALL} --out")
         if folders and (out.suffix == ".safetensors" or (out.exists() and not out.is_dir())):
             _refuse(

@@ -120,6 +120,9 @@ class InfluenceScores:
         self._inverse = fisher.factorize(usual_damping(fisher) if damping is None else damping)
         self.damping = self._inverse.damping
 
+    def __repr__(self) -> str:
+        return f"InfluenceScores({self._model_rows.fisher!r}, damping={self.damping}, examples={self.examples})"
+
     @without_autocast()
     def prepare(
         self, train: Data, *, folder: str | Path | None = None, by: Literal["token"] | None = None,
