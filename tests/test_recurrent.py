@@ -309,3 +309,38 @@ def test_packed__inputs_of_other_examples_are_refused(form: str) -> None:
     x, lengths, y = data()
     with pytest.raises(fk.ModelError, match="influence"):
         fk.EmpiricalFisher(Moved(form).double(), ((x, lengths), y), structure="diagonal")
+
+
+class ByNumbers(nn.Module):
+    """Lengths, or the batch's numbers, that real numbers of other examples decide."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head, self.what = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3), what
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if self.what == "own":
+            lengths = (x[:, :, 0] > 0).sum(1).clamp_min(1)
+        elif self.what == "most":  # a threshold that one example decides
+            lengths = lengths - (x.amax() > 2.5).long() * (lengths > 1)
+        elif self.what == "size":
+            x = x * (1 + 0.1 * (pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)[1][0] > 6))
+        elif self.what == "mean":
+            x = x - x.mean(0)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][-1])
+
+
+@pytest.mark.parametrize("what", ["own", "plain", "most", "size", "mean"])
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_packed__by_real_numbers_is_exact_or_refused(what: str, structure: str) -> None:
+    model, (x, lengths, y) = ByNumbers(what).double(), data()
+    x[4, 2, 1] = 3.0  # not of the first two examples
+    if what in ("own", "plain"):
+        j = by_hand.rows(model, ((x, lengths), y))
+        fisher = fk.EmpiricalFisher(model, ((x, lengths), y), structure=structure)
+        torch.testing.assert_close(fisher.diagonal(), j.square().mean(0))
+    else:
+        with pytest.raises(fk.ModelError):
+            fk.EmpiricalFisher(model, ((x, lengths), y), structure=structure)

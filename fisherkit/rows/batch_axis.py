@@ -279,6 +279,8 @@ class Tracker:
         Which entries along an axis are ``chosen``, as experts by a router, does not count as a real number.
         """
         choice = function in CHOICES and chosen and not made.dtype.is_floating_point
+        if function in PACKS and not made.dtype.is_floating_point:
+            operands = operands[1:]
         real = not choice and any(self._is_real(t) for t, s in operands if s is not Mark.FREE or t.numel() > 1)
         if real != made.dtype.is_floating_point or id(made) in self._real:
             self._real[id(made)] = weakref.ref(made), real
@@ -717,8 +719,11 @@ REARRANGES = {f for f, rule in BECOMES.items() if rule in (_reshaped, _permuted,
 )
 """Functions whose entries are their operands', of which none is computed from several."""
 
-CHOICES = set(_functions("topk argmax argmin sort argsort max min _pack_padded_sequence"))
-"""Functions that say, beside or instead of numbers, which entries along an axis are the largest, or how many."""
+CHOICES = set(_functions("topk argmax argmin sort argsort max min"))
+"""Functions that say, beside or instead of numbers, which entries along an axis are the largest."""
+
+PACKS = set(_functions("_pack_padded_sequence"))
+"""Functions that say, beside numbers, how many sequences have each step, which comes of their lengths alone."""
 
 ANSWERS = {**dict.fromkeys(_functions("all"), True), **dict.fromkeys(_functions("any"), False)}
 """Functions that ask something of all entries, and what they say then holds for any part of these."""
