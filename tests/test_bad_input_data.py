@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fisherkit as fk
+from fisherkit import likelihoods
 from tests import by_hand
 from tests.bad_input import F64, Case, X, Y, check, ef, ids, mlp, normal, wrapped
 from tests.reference.zoo import Compose
@@ -421,3 +422,41 @@ def test_inputs__that_the_model_does_not_take_are_named(name: str) -> None:
     for call in (fk.EmpiricalFisher, fk.evaluation.loss_gradient):
         with pytest.raises(error, match=says):
             call(mlp(), data)
+
+
+# -- losses of likelihoods ---------------------------------------------------------------------------------------------
+
+Z = torch.linspace(-1, 1, 18, dtype=F64).reshape(2, 3, 3)
+NLL = likelihoods.GaussianNLL()
+
+TARGETS: dict[str, tuple[likelihoods.Likelihood, object, str]] = {
+    "short": (likelihoods.Categorical(), torch.zeros(2, 2, dtype=torch.long), "shape [2, 2] for z of shape [2, 3, 3]"),
+    "flat": (likelihoods.Categorical(), torch.zeros(6, dtype=torch.long), "expected [2, 3]"),
+    "one-hot": (likelihoods.Categorical(), torch.zeros(2, 3, 3, dtype=torch.long), "expected [2, 3]"),
+    "few probabilities": (likelihoods.Categorical(), torch.ones(2, 3, 2), "expected [2, 3, 3]"),
+    "no class": (likelihoods.Categorical(), torch.full((2, 3), 3), "label 3; expected 0 to 2"),
+    "no class of log-probabilities": (likelihoods.LogProbabilities(), torch.full((2, 3), -1), "label -1"),
+    **{f"one row, {likelihood.name}": (likelihood, torch.zeros(3).double(), "target of shape [3]")
+       for likelihood in (likelihoods.Gaussian(), likelihoods.Bernoulli(), likelihoods.Poisson(), NLL)},
+    "one column": (likelihoods.Gaussian(), torch.zeros(2, 3, 1).double(), "expected [2, 3, 3]"),
+    "no variance": (NLL, torch.ones(2, 3, 3).double(), "expected [2, 3, 6]"),
+    "text": (likelihoods.Gaussian(), "a", "a str as target"),
+    "a list": (likelihoods.Categorical(), [0, 1], "a list as target"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_loss__of_targets_that_do_not_fit_is_refused(name: str) -> None:
+    likelihood, target, words = TARGETS[name]
+    with pytest.raises(fk.FisherkitError) as caught:
+        likelihood.loss(Z, target)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"{type(likelihood).__name__}.loss: got ")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [likelihoods.Categorical(), likelihoods.Gaussian(), likelihoods.Bernoulli(), NLL]
+)
+def test_loss__of_outputs_without_an_axis_is_refused(likelihood: likelihoods.Likelihood) -> None:
+    with pytest.raises(fk.DataError, match=r"loss: got z of shape \[\]; expected \[., C\]"):
+        likelihood.loss(torch.tensor(1.0), torch.tensor(0))
