@@ -48,8 +48,8 @@ class SecondMoment:
     """Σ x xᵀ ``[w, w]``, kept as the vectors themselves, each ``[n, T, w]``, while they are fewer than their entries.
 
     ``thin`` says whether vectors may be kept: not where they will be as many as it is wide, as beside what passes take
-    and give back they leave the memory in pieces. A matrix of this object's own, in `lower_second_moment`'s form, is the
-    one entry of ``own``; `add` and `at` take it out to write to it, after which this object is refused.
+    and give back they leave the memory in pieces. A matrix of this object's own, in `lower_second_moment`'s form, is
+    the one entry of ``own``; `add` and `at` take it out to write to it, after which this object is refused.
     """
 
     width: int
@@ -379,9 +379,9 @@ class KFAC(LayerStructure):
         return self.kept_item * sum(i**2 + o**2 for i, o in sides) + values + self._others(problem)
 
     def peak(self, problem: Problem) -> int:
-        """All factors, which become the operators' in place; packed ones are made beside them, one at a time."""
+        """All factors, which become the operators' in place; those of a layer make room for their packed form."""
         others, (turned, kept) = self._others(problem), self._vectors(problem)
-        made = self._work(problem) + self.bytes(problem) if self.kept_item < self.item else 0
+        made = self._work(problem) if self.kept_item < self.item else 0
         return self._factors(problem) + others + max(turned, kept + others + made)
 
     def summed(self, problem: Problem) -> int:
