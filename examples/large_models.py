@@ -121,9 +121,10 @@ def main() -> None:
         count = numbers(block, structure)
         for name in ("float32", "bfloat16"):
             each = [WIDTHS[name] * numbers([layer], structure) for layer in block] * asked.layers
+            sums = [WIDTHS["float32"] * numbers([layer], structure) for layer in block] * asked.layers
             rows.append([
                 structure, name, f"{asked.layers * count / 1e9:.2f}", f"{sum(each) / 1e9:.1f}",
-                str(parts(each, int(free))) if free > max(each) else "-",
+                str(parts(sums, int(free))) if free > max(sums) else "-",
                 f"{max(owners(each, asked.processes)) / 1e9:.1f}", f"{operations(block, structure):.2f}",
             ])  # fmt: skip
     head = ["structure", "dtype", "10⁹ numbers", "GB", "parts", f"GB a process of {asked.processes}", "steps a pass"]

@@ -177,9 +177,10 @@ class Builder:
             self.problem, summed=not structure.needs_rows, by_owner=by_owner, revisable=True, budget=self.budget,
             folds=self.folds,
         ).measured()  # fmt: skip
+        squares = self.problem.summed and not structure.counts_positions and self.problem.vectors_per_example == 1
         for unit in self.problem.plan.ruled:
-            # Only rows that are kept gain from being written out; sums are taken from the factors.
-            unit.stored = unit.stored and structure.keeps_rows
+            # Only rows that are kept, or squared alone, gain from being written out; sums are taken from the factors.
+            unit.stored = unit.stored and (structure.keeps_rows or squares)
         self.needed = -(-structure.fitted(self.problem) // self.shards)
         return structure
 

@@ -36,10 +36,10 @@ def test_estimate__a_classifiers_fisher_is_that_of_its_own_loss(
     classifier: Path, tokenizer: Any, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "f.safetensors"
-    result = run(
-        classifier, "--data", data, "--kind", "ief", "--structure", "diagonal", "--out", out, "--dtype", "float64"
-    )
-    assert result.exit_code == 0, result.output
+    for more in (("--normalization", "sum", "--out", tmp_path / "sum"), ("--out", out)):
+        options = "--data", data, "--kind", "ief", "--structure", "diagonal", "--dtype", "float64"
+        result = run(classifier, *options, *more)
+        assert result.exit_code == 0, result.output
     assert "examples N       5" in result.stdout
     found = fk.load(out)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float64).eval()
@@ -50,6 +50,7 @@ def test_estimate__a_classifiers_fisher_is_that_of_its_own_loss(
         (u,) = torch.autograd.grad(outputs.loss, outputs.logits, retain_graph=True)
         rows.append(by_hand.gradient(outputs.loss, model) / u.norm())
     torch.testing.assert_close(found.diagonal(), torch.stack(rows).square().mean(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fk.load(tmp_path / "sum").diagonal(), 5 * found.diagonal())
     assert found.metadata["kind"] == "ief"
     assert found.metadata["likelihood"] == "categorical"
 

@@ -273,3 +273,39 @@ def test_dropout__between_layers_is_named_by_an_optimizer() -> None:
         with pytest.raises(fk.ModelError, match="active dropout"):
             F.cross_entropy(model(x.float()), y).backward()
         optimizer.close()
+
+
+class Moved(Net):
+    """Another example's inputs in the place of one's own, packed."""
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return super().forward(x.roll(1, 0), lengths)
+
+
+class LastState(Net):
+    """Of packed sequences the last state alone; counts its passes."""
+
+    passes = 0
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        self.passes += 1
+        lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
+        _, end = self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+        return self.head((end[0] if isinstance(end, tuple) else end)[-1])
+
+
+@pytest.mark.parametrize("form", ["lstm", "gru"])
+def test_packed__examples_are_compared_in_parts_of_the_batch(form: str) -> None:
+    model, (x, lengths, y) = LastState(form).double(), [one.repeat_interleave(4, 0) for one in data()]
+    for _ in range(2):
+        fk.EmpiricalFisher(model, ((x, lengths), y), structure="diagonal")
+    model.passes = 0
+    fk.EmpiricalFisher(model, ((x, lengths), y), structure="diagonal")
+    assert model.passes < len(x)
+
+
+@pytest.mark.parametrize("form", ["lstm", "gru"])
+def test_packed__inputs_of_other_examples_are_refused(form: str) -> None:
+    x, lengths, y = data()
+    with pytest.raises(fk.ModelError, match="influence"):
+        fk.EmpiricalFisher(Moved(form).double(), ((x, lengths), y), structure="diagonal")

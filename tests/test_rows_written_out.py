@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fisherkit as fk
 from fisherkit.rows import factored
 from fisherkit.rows.base import StoredRows
 from fisherkit.rows.factored import FactoredRows
@@ -108,5 +113,57 @@ def test_rows__of_many_windows_by_a_convolution_s_own_gradient(
         assert float((found - expected[:, chosen]).norm()) <= 1e-5 * float(expected.norm())
     dense = rows.dense()[:, : expected[0].numel()].double()
     assert float((dense - expected.flatten(1)).norm()) <= 1e-5 * float(expected.norm())
+    entries = g.unflatten(1, (group, -1)).flatten(0, 1)
+    for bias in (True, False):
+        torch.testing.assert_close(
+            patches.rows(entries, bias=bias), FactoredRows(patches, g, bias=bias).dense(), rtol=1e-4, atol=1e-3
+        )
     squares = rows.squared_sum()[: expected[0].numel()].double()
     assert float((squares - expected.square().sum(0).flatten()).norm()) <= 1e-5 * float(expected.square().sum(0).norm())
+
+
+class Views(nn.Module):
+    """Images of an example are folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, 2), nn.ReLU())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.flatten(0, 1)).mean((2, 3)).unflatten(0, (len(x), -1)).mean(1))
+
+
+class Copies(TorchDispatchMode):
+    """Entries of the largest tensor that was copied."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_):
+            self.largest = max(self.largest, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "full"])
+@pytest.mark.parametrize("params", [None, ["body.0.weight", "body.2.weight", "body.2.bias"]], ids=["all", "some"])
+def test_build__of_views_copies_no_gradient_of_a_layer(structure: str, params: list[str] | None) -> None:
+    torch.manual_seed(0)
+    model, x, y = Views().eval(), torch.randn(5, 6, 3, 40, 40), torch.tensor([0, 2, -100, 1, 1])
+    chosen = {name: p for name, p in model.named_parameters() if params is None or name in params}
+    fk.EmpiricalFisher(model, (x, y), structure=structure, params=params)  # what a first build looks at, it may copy
+    with Copies() as copies:
+        fisher = fk.EmpiricalFisher(model, (x, y), structure=structure, params=params)
+    assert copies.largest <= x.numel()  # which a model may write to
+    double, rows = copy.deepcopy(model).double(), []
+    own = [dict(double.named_parameters())[name] for name in chosen]
+    for n in (0, 1, 3, 4):
+        loss = nn.functional.cross_entropy(double(x[n : n + 1].double()), y[n : n + 1])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, own)]))
+    j = torch.stack(rows)
+    assert float((fisher.diagonal() - j.square().mean(0)).norm() / j.square().mean(0).norm()) < 1e-5
+    u = torch.randn(j.shape[1], generator=torch.Generator().manual_seed(1))
+    if structure == "full":
+        expected = j.T @ (j @ u.double()) / 4
+        assert float((fisher.matvec(u) - expected).norm() / expected.norm()) < 1e-5

@@ -216,10 +216,8 @@ def test_generators__of_a_model_that_is_refused_are_put_back() -> None:
 # -- modes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("structure", "mode"),
-    [(s, torch.inference_mode) for s in STRUCTURES] + [(s, torch.no_grad) for s in ("full", "ekfac")],
-)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_modes__construction_works_in_any(structure: str, mode: Callable[[], Any]) -> None:
     model, data = rich(), batches()
     expected = fk.TruncatedFisher(model, data, structure=structure).diagonal()

@@ -711,13 +711,14 @@ READS = set(
 REARRANGES = {f for f, rule in BECOMES.items() if rule in (_reshaped, _permuted, _expanded, _joined, _indexed)} | set(
     _functions(
         "repeat_interleave pad flip stack select unbind embedding one_hot gather index_select masked_select take "
-        "take_along_dim narrow split chunk tensor_split split_with_sizes roll"
+        "take_along_dim narrow split chunk tensor_split split_with_sizes roll _pack_padded_sequence "
+        "_pad_packed_sequence"
     )
 )
 """Functions whose entries are their operands', of which none is computed from several."""
 
-CHOICES = set(_functions("topk argmax argmin sort argsort max min"))
-"""Functions that say, beside or instead of numbers, which entries along an axis are the largest."""
+CHOICES = set(_functions("topk argmax argmin sort argsort max min _pack_padded_sequence"))
+"""Functions that say, beside or instead of numbers, which entries along an axis are the largest, or how many."""
 
 ANSWERS = {**dict.fromkeys(_functions("all"), True), **dict.fromkeys(_functions("any"), False)}
 """Functions that ask something of all entries, and what they say then holds for any part of these."""

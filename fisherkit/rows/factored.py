@@ -239,7 +239,8 @@ class FactoredRows(UnitRows):
         """Spans of rows with their weight rows of some outputs, written out, as many as the processor's cache holds."""
         if (patches := self._windows()) is not None:
             for n in range(self.count):
-                yield slice(n, n + 1), patches.product(n, self.gradients[n, :, outputs]).unsqueeze(0)
+                g = self.gradients[n, :, outputs].unflatten(0, (patches.group, -1))
+                yield slice(n, n + 1), patches.product(n, g).unsqueeze(0)
             return
         width, each = len(range(*outputs.indices(self.outputs))), max(1, self.each)
         for span, a in self._owners(max(each * width, self.positions) * self.inputs):

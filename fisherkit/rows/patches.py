@@ -77,7 +77,13 @@ class Patches:
         """
         return self.x.dtype == torch.float32 and self.x.device.type == "cpu" and self.shape[1:].numel() >= 1 << 17
 
-    def product(self, n: int, gradient: Float[Tensor, "T O"]) -> Float[Tensor, "O I"]:
+    def rows(self, gradient: Float[Tensor, "E t O"], *, bias: bool) -> Float[Tensor, "N d"]:
+        """Rows of weight and bias, written out, by gradients at the windows of each input, of which no copy is made."""
+        own = gradient.unflatten(0, (-1, self.group))
+        found = torch.stack([self.product(n, g) for n, g in enumerate(own)]).flatten(1)
+        return torch.cat([found, own.sum((1, 2))], 1) if bias else found
+
+    def product(self, n: int, gradient: Float[Tensor, "group t O"]) -> Float[Tensor, "O I"]:
         """Σ_t g_t x_tᵀ over an example's windows."""
         x = self.x[n * self.group : (n + 1) * self.group]
         same = all(before == after >= 0 for before, after in self.padding)
@@ -85,8 +91,8 @@ class Patches:
             x = F.pad(x, [amount for pair in reversed(self.padding) for amount in pair])
         padding = [before if same else 0 for before, _ in self.padding]
         kernel = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.kernel) - 1]
-        outputs = gradient.mT.unflatten(1, (self.group, *self.positions)).movedim(1, 0)
-        shape = (gradient.shape[1], self.x.shape[1], *self.kernel)
+        outputs = gradient.mT.unflatten(2, self.positions)
+        shape = (gradient.shape[2], self.x.shape[1], *self.kernel)
         found: Tensor = kernel(x, shape, outputs, self.stride, padding, self.dilation)  # type: ignore[no-untyped-call]
         return found.flatten(1)
 

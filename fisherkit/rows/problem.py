@@ -584,7 +584,7 @@ class Problem:
         """How many of so many entries a pass may hold: of pieces, rows that are kept are copied, and must be few."""
         if self.plan.example_parameter.device.type == "cpu":  # others want large products
             one = self.plan.numbers_per_example
-            few = entries > GRAPH and (self.summed or self.row_numbers(self.plan.space.slices) < one)
+            few = entries > LAYER and (self.summed or self.row_numbers(self.plan.space.slices) < one)
             most = GRAPH if few else TILE
         if self.budget is None:
             return most

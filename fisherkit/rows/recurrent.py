@@ -91,19 +91,25 @@ def _layer(
     projected = None if w_hr is None else _repeated(None, w_hr, x)
     sums = list(zip(apart(given), apart(added), strict=True))
     places = [] if projected is None else apart(projected)
-    (h, c), turned = start, w_hh.t()
+    turned, order = w_hh.t(), range(len(sums))[:: -1 if backwards else 1]
+    h, c = (first[: len(sums[order[0]][0])] for first in start)
+    over: list[tuple[Tensor, Tensor]] = []
     outputs, before, inner = [h] * len(sums), [h] * len(sums), [h] * len(sums)
-    for t in reversed(range(len(sums))) if backwards else range(len(sums)):
-        count, some = len(sums[t][0]), (h, c)
-        if count < len(h):  # packed sequences that are over, or have not begun, keep their states
-            some = h[:count], c[:count]
-        before[t] = some[0].detach()
-        new, memory = _STEPS[name](*sums[t], *some, turned)
+    for t in order:
+        count = len(sums[t][0])
+        if count < len(h):  # packed sequences that are over
+            over.insert(0, (h[count:], c[count:]))
+            h, c = h[:count], c[:count]
+        elif count > len(h):  # those that begin, backwards
+            h, c = (torch.cat([one, first[len(one) : count]]) for one, first in zip((h, c), start, strict=True))
+        before[t] = h.detach()
+        h, c = _STEPS[name](*sums[t], h, c, turned)
         if w_hr is not None:
-            inner[t] = new.detach()
-            new = torch.addmm(places[t], new, w_hr.t())
-        outputs[t] = new
-        h, c = (new, memory) if count == len(h) else (torch.cat([new, h[count:]]), torch.cat([memory, c[count:]]))
+            inner[t] = h.detach()
+            h = torch.addmm(places[t], h, w_hr.t())
+        outputs[t] = h
+    if over:
+        h, c = (torch.cat(same) for same in zip((h, c), *over, strict=True))
     maps: list[LinearMap] = [
         ({"input": x.detach(), "weight": w_ih, "bias": b_ih}, given),
         ({"input": joined(before), "weight": w_hh, "bias": b_hh}, added),

@@ -128,17 +128,20 @@ class RuledUnit(Unit):
         if len(places) < len(own):
             return None
         entries = [self._entries(uses[i], pulled.gradients[i], v) for i in own]
-        found = [one.arranged(g) for g, one in zip(entries, places, strict=True)]
-        g = found[0] if len(found) == 1 else torch.cat(found, 2)
-        g = g if pulled.scale is None else g * pulled.scale
         key = self.names if self.form is None else (*self.names, repr(self.form[1:]), str(id(self.rule)))
-        a = pulled.cache.get(key)
+        a, use = pulled.cache.get(key), self._restricted(uses[own[0]])
         if a is None:
             parts = [_by_example(self.rule.activations(uses[i]), one) for i, one in zip(own, places, strict=True)]
             # Several uses of one weight are positions of one use.
             a = parts[0] if len(parts) == 1 else torch.cat([part[:] for part in parts], 1)
             pulled.cache[key] = a
-        rows = self.rule.rows(self._restricted(uses[own[0]]), a, selection.take(g), selection.example)
+        if self.stored and len(v) == len(own) == 1 and pulled.scale is None and isinstance(a, Patches) and a.has_kernel:
+            values = a.rows(entries[0][0], bias=use.bias is not None)
+            return UnitSlot(self.names, StoredRows(selection.take(values.unsqueeze(0))))
+        found = [one.arranged(g) for g, one in zip(entries, places, strict=True)]
+        g = found[0] if len(found) == 1 else torch.cat(found, 2)
+        g = g if pulled.scale is None else g * pulled.scale
+        rows = self.rule.rows(use, a, selection.take(g), selection.example)
         if (self.stored or self.viewed) and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
         if all(isinstance(one, Regular) and one.alive is None for one in places):
