@@ -139,7 +139,7 @@ class Builder:
         self.budget = min(self.processes.gathered(self.budget))  # what is decided by it must be decided alike
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
-            "processes": self.processes, "kept": kept, "expected": functools.cache(problem.source.expected),
+            "processes": self.processes, "kept": kept, "expected": problem.source.expected,
         }  # fmt: skip
         self.problem, self.folds = problem, not reduce
         self.counted: list[Tally] = []

@@ -38,7 +38,8 @@ EIGH_BYTES = 32
 """For each entry of a matrix while it is decomposed in float64: itself, its eigenvectors, and twice as much work."""
 
 LARGE = 512
-"""Width of a factor from which on freed memory is given back to the system before it is decomposed."""
+"""Width of a factor from which on no vectors are kept that will be as many as it is wide: beside what passes take and
+give back, they leave the memory in pieces."""
 
 SPENT = "a sum that was added to or has become an operator: go on with what came of it"
 
@@ -47,9 +48,8 @@ SPENT = "a sum that was added to or has become an operator: go on with what came
 class SecondMoment:
     """Σ x xᵀ ``[w, w]``, kept as the vectors themselves, each ``[n, T, w]``, while they are fewer than their entries.
 
-    ``thin`` says whether vectors may be kept: not where they will be as many as it is wide, as beside what passes take
-    and give back they leave the memory in pieces. A matrix of this object's own, in `lower_second_moment`'s form, is
-    the one entry of ``own``; `add` and `at` take it out to write to it, after which this object is refused.
+    ``thin`` says whether vectors may be kept. A matrix of this object's own, in `lower_second_moment`'s form, is the
+    one entry of ``own``; `add` and `at` take it out to write to it, after which this object is refused.
     """
 
     width: int
@@ -395,18 +395,24 @@ class KFAC(LayerStructure):
     def _vectors(self, problem: Problem) -> tuple[int, int]:
         """Bytes of vectors beside the matrix that is made of them, once they are as many as it is wide, or in the end.
 
-        They are put side by side for the first, and kept for the second.
+        A layer's are put side by side for the first, one factor's after the other's, and kept for the second.
         """
         turned = kept = 0
         for positions, *sides in (unit.shape for unit in problem.plan.ruled if unit.shape is not None):
-            if (examples := self.expected() or 0) * positions >= max(sides):
+            if self._many((examples := self.expected() or 0) * positions, *sides):
                 continue
+            turning = list[int]()
             for side, rows in zip(sides, (1, problem.backward_vectors), strict=True):
                 if examples * positions * rows < side:
                     kept += examples * positions * rows * side
                 elif problem.first_size * positions * rows < side:
-                    turned = max(turned, 2 * side**2)
+                    turning.append(side**2)
+            turned = max(turned, sum(turning) + max(turning, default=0))
         return self.item * turned, self.item * kept
+
+    @staticmethod
+    def _many(vectors: float, *sides: int) -> bool:
+        return max(sides) >= LARGE and vectors >= max(sides)
 
     def _factors(self, problem: Problem) -> int:
         return self.item * sum(i**2 + o**2 for i, o in _sides(problem))
@@ -429,10 +435,10 @@ class KFAC(LayerStructure):
         if not isinstance(slot.rows, FactoredRows):
             return self.record(slot.rows)
         thin, widest = not self.averaged, max(slot.rows.inputs + slot.rows.bias, slot.rows.outputs)
-        if thin and (vectors := slot.rows.activations.shape[:2].numel()) < widest:
-            each = vectors / max(1, chunk.counted)
+        if thin and widest >= LARGE:
+            each = slot.rows.activations.shape[:2].numel() / max(1, chunk.counted)
             # Where not all positions count, perhaps half of them do.
-            thin = (self.expected() or 0) * each * (1.0 if chunk.whole else 0.5) < widest
+            thin = not self._many((self.expected() or 0) * each * (1.0 if chunk.whole else 0.5), widest)
         return KroneckerFactors.zeros(slot.rows, thin=thin).added(slot, chunk, self)
 
 
