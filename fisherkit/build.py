@@ -262,7 +262,7 @@ class Builder:
         held = 0 if to_file else self.needed
         streams = structure.streams and (self.needed > self.budget or self.storage == "stream")
         groups = [structure.space.names] if streams else self._groups(structure, held)
-        peaks, readings = list[tuple[int, int]](), 0
+        peaks, readings = list[tuple[int, int, int]](), 0
         for names in groups:
             own, problem = self._restricted(structure, names)
             beside = self._beside(held, own, problem) if len(groups) > 1 else 0
@@ -270,7 +270,7 @@ class Builder:
             times = 1 if streams else self._readings(own, problem, taken)
             readings += times
             kept = problem.row_bytes(names) * problem.examples if times < own.passes else 0
-            peaks.append((taken + kept, beside + own.summed(problem) + kept))
+            peaks.append((taken, beside + own.summed(problem), kept))
         refused = ""
         try:
             if not streams and not (to_file and structure.in_parts):
@@ -279,20 +279,26 @@ class Builder:
                 self._require(*self._restricted(structure, names))
         except MemoryBudgetError as error:
             refused = str(error)
-        largest = groups[peaks.index(max(peaks))]
-        backward, seconds, memory = self._measured(*self._restricted(structure, largest), readings)
-        most = max(max(peak, summed + memory) for peak, summed in peaks)
+        largest = groups[max(range(len(peaks)), key=lambda i: peaks[i][0] + peaks[i][2])]
+        own, problem = self._restricted(structure, largest)
+        backward, seconds, memory, kept = self._measured(own, problem, readings, keeps=max(p[2] for p in peaks) > 0)
+        # Rows that are kept share activations, and have patches as inputs; the last batch's are in its ``memory``.
+        share = kept / max(1, problem.row_bytes(largest) * problem.first_size)
+        most = max(
+            max(taken + share * rows, summed + memory + share * rows * (1 - problem.first_size / problem.examples))
+            for taken, summed, rows in peaks
+        )
         return BuildPlan(
             structure.name, tuple(groups), readings, backward, seconds, 0 if streams else self.needed,
-            memory if streams else most, self.budget, refused,
+            memory if streams else round(most), self.budget, refused,
         )  # fmt: skip
 
     def _measured(
-        self, structure: Structure, problem: Problem, readings: int
-    ) -> tuple[int | None, float | None, int]:  # fmt: skip
-        """By a first batch: backward passes and seconds of so many readings, None where N is not known; a pass's bytes.
+        self, structure: Structure, problem: Problem, readings: int, keeps: bool
+    ) -> tuple[int | None, float | None, int, int]:  # fmt: skip
+        """By a first batch: backward passes and seconds of so many readings, None where N is not known; two in bytes.
 
-        These are beside the sums: activations, gradients, and what adding up takes.
+        A pass's beside the sums, as activations, gradients, and what adding up takes; and those of the batch's rows.
         """
         live = LiveBytes()
 
@@ -305,21 +311,24 @@ class Builder:
         def twice() -> Iterator[Chunk]:
             yield from problem.first_chunks()
             live.restart()  # now the sums are there
-            yield from problem.first_chunks()
+            yield from _noting(problem.first_chunks(), kept) if keeps else problem.first_chunks()
 
+        kept: list[Chunk] = []
         with live:
             sums = add(twice())
-        memory = live.most - live.now
+        rows = live.now
+        kept.clear()
+        memory, rows = live.most - live.now, rows - live.now
         del sums
         start = now(structure.device)
         add(problem.first_chunks())
         seconds, size = now(structure.device) - start, problem.first_size
         examples = problem.source.expected()
         if examples is None:
-            return None, None, memory
+            return None, None, memory, rows
         micro = -(-examples // size)
         vectors = 0 if problem.rowless else problem.backward_vectors
-        return readings * micro * vectors, readings * seconds * examples / size, memory
+        return readings * micro * vectors, readings * seconds * examples / size, memory, rows
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

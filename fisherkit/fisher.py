@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -206,13 +207,14 @@ class _Asked(NamedTuple):
     """A Fisher that has been asked for, its arguments checked and nothing computed but the model's probe.
 
     ``recorded`` is what is known before it is built, but for ``hashes`` of the weights, which are those at the build
-    and not at save: by then the model may have moved on.
+    and not at save: by then the model may have moved on. For that, ``copied`` bytes of them are kept.
     """
 
     builder: Builder
     structure: type[Structure]
     recorded: dict[str, str]
     hashes: Callable[[], tuple[str, str]]
+    copied: int
 
     @classmethod
     def of(cls, call: str, arguments: Mapping[str, Any]) -> _Asked:
@@ -230,7 +232,7 @@ class _Asked(NamedTuple):
             return resolved, space, *model_device(model, space.names, own), Source(o.data, model)
 
         resolved, space, device, dtype, source = met() if alone else processes.each(call, met)
-        hashes = weight_hashes(model, space.names, own)
+        hashes, copied = weight_hashes(model, space.names, own)
         if alone:
             plan = plan_of(model, space, source, assume=True, own=own)
         else:
@@ -261,7 +263,7 @@ class _Asked(NamedTuple):
             **({} if o.max_rows is None else {"max_rows": str(o.max_rows)}),
             **({} if o.dtype is None else {"kept_dtype": str(o.dtype).removeprefix("torch.")}),
         }  # fmt: skip
-        return cls(builder, chosen, recorded, hashes)
+        return cls(builder, chosen, recorded, hashes, copied)
 
 
 def _checked(call: str, o: SimpleNamespace) -> tuple[type[Structure], int | None, OutputRule]:
@@ -327,7 +329,8 @@ def plan(
     Cost: the model's probe on two examples, and the first batch three times, with all backward passes of one part.
     """
     asked = _asked("plan", model, data, kind, options)
-    return asked.builder.plan(asked.structure, to_file=to_file)
+    found = asked.builder.plan(asked.structure, to_file=to_file)
+    return replace(found, peak_bytes=found.peak_bytes + asked.copied)
 
 
 def build_file(

@@ -62,23 +62,23 @@ def _tensors(model: nn.Module, own: Mapping[str, nn.Parameter] | None = None) ->
 
 def weight_hashes(
     model: nn.Module, names: Sequence[str], own: Mapping[str, nn.Parameter] | None = None
-) -> Callable[[], tuple[str, str]]:
+) -> tuple[Callable[[], tuple[str, str]], int]:
     """`parameters_hash` of the model inside of all wrappers, and `tensors_hash` of some parameters, as they are now.
 
     A base weight that stands for W + s·BA of its adapters (`fisherkit.adapters`) counts with that value. Of a small
-    model without frozen weights, a copy is hashed when it is asked for. ``own`` are the model's parameters by name, if
-    they are known.
+    model without frozen weights, a copy is hashed when it is asked for, whose bytes are given too. ``own`` are the
+    model's parameters by name, if they are known.
     """
     own = dict(model.named_parameters()) if own is None else own
     tensors, made = _tensors(model, own), products(model, names)
     usual = len(names) == len(own) and not made
     usual = usual and all(type(t) in (nn.Parameter, Tensor) and t.layout == torch.strided for t in tensors.values())
-    if usual and sum(t.numel() * t.element_size() for t in tensors.values()) <= _SMALL:
+    if usual and (size := sum(t.numel() * t.element_size() for t in tensors.values())) <= _SMALL:
         with torch.no_grad():
             tensors = {name: t.clone() for name, t in tensors.items()}
-        return functools.cache(lambda: _weight_hashes(tensors, names, made))
+        return functools.cache(lambda: _weight_hashes(tensors, names, made)), size
     found = _weight_hashes(tensors, names, made)
-    return lambda: found
+    return lambda: found, 0
 
 
 def _weight_hashes(tensors: Mapping[str, Tensor], names: Sequence[str], made: Mapping[str, Any]) -> tuple[str, str]:

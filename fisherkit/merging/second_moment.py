@@ -151,7 +151,7 @@ def _hashes(parameters: Parameters, own: Mapping[str, Tensor]) -> dict[str, str]
     dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
     if not isinstance(parameters, nn.Module):
         return {"covered_hash": f"{dtype}:{tensors_hash(own)}"}
-    whole, covered = weight_hashes(unwrapped(parameters), tuple(own))()
+    whole, covered = weight_hashes(unwrapped(parameters), tuple(own))[0]()
     return {
         "model": type(unwrapped(parameters)).__name__,
         "parameters_hash": whole,

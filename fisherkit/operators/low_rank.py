@@ -208,7 +208,7 @@ class LowRankOperator(FisherOperator):
     @property
     def nbytes(self) -> int:
         """Bytes of the rows; 0 of those that are streamed, or not made yet."""
-        return self._state().nbytes if isinstance(self._rows, Rows) else 0
+        return self._rows.nbytes if isinstance(self._rows, Rows) else 0
 
     def _approximate_inverse(self, damping: float) -> MatMat | None:
         """Of a sample of the rows, where enough of them fit; else of the diagonal, with no fewer rows than parameters.

@@ -80,6 +80,7 @@ class RuledUnit(Unit):
     Attributes:
         place: where the batch lies in its uses, in words.
         shape: positions, inputs and outputs ``(T, I, O)`` of a unit that can be kept factored; None for others.
+        inputs: numbers that one example's activations take, patches being made when asked for.
         stored: write the rows out instead of keeping the two factors.
         viewed: whether its uses see a view of the weight with another first axis, whose factors are not the weight's.
     """
@@ -91,6 +92,7 @@ class RuledUnit(Unit):
         self.rule, self.form, self.turned = rule, form, turned
         self.place = ""
         self.shape: tuple[int, int, int] | None = None
+        self.inputs = 0
         self.stored = self.viewed = False
         self._none: UnitRows = StoredRows(torch.zeros(0, numbers))
 
@@ -162,6 +164,7 @@ class RuledUnit(Unit):
         self._none = rows.reordered(torch.arange(0)).compact()
         if isinstance(rows, FactoredRows):
             self.shape = rows.positions, rows.inputs + rows.bias, rows.outputs
+            self.inputs = rows.numbers[0].numel() // rows.activations.shape[0]
         elif isinstance(rows, SparseRows):
             positions = sum(pulled.uses[i].lead.numel() for i in own) // rows.count
             self.numbers = positions * (rows.values.shape[1] + 2)
@@ -205,8 +208,8 @@ class RuledUnit(Unit):
         """As in `Unit`; the activations are shared by an example's rows."""
         if self.shape is None or self.stored:
             return vectors * self.numbers
-        t, i, o = self.shape
-        return t * (i + vectors // self.fold * o)
+        t, _, o = self.shape
+        return self.inputs + vectors // self.fold * t * o
 
     def differs(self, use: Use) -> bool:
         """Whether a use is not of the form that was verified."""

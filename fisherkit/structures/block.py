@@ -90,8 +90,15 @@ class Block(RowStructure):
         return sum(min(sizes) for sizes in self._sizes(problem).values())
 
     def peak(self, problem: Problem) -> int:
-        """Rows exist once, a matrix as the sum and as the operator's."""
-        return sum(min(rows, 2 * matrix) for rows, matrix in self._sizes(problem).values())
+        """Of batches' rows one module's exist twice, a matrix as the sum and as the operator's."""
+        sizes = self._sizes(problem).values()
+        twice = max((rows for rows, matrix in sizes if rows <= matrix), default=0)
+        several = problem.first_size < problem.examples
+        return sum(rows if rows <= matrix else 2 * matrix for rows, matrix in sizes) + several * twice
+
+    def summed(self, problem: Problem) -> int:
+        """Rows of batches before, and a matrix as the sum."""
+        return self.bytes(problem)
 
     def _sizes(self, problem: Problem) -> dict[Names, tuple[int, int]]:
         """Bytes of each module's rows and of its matrix."""

@@ -108,6 +108,16 @@ class Full(RowStructure):
         whole = example * problem.examples
         return whole if self.max_rows is None else min(whole, self._held(problem) + example)
 
+    def peak(self, problem: Problem) -> int:
+        """Of several batches' rows one unit's exist twice while they are put together."""
+        if self.max_rows is not None or problem.first_size >= problem.examples:
+            return self.bytes(problem)
+        return self.bytes(problem) + problem.examples * max(problem.row_bytes(u.names) for u in problem.plan.units)
+
+    def summed(self, problem: Problem) -> int:
+        """All batches' rows."""
+        return self.bytes(problem)
+
     def fitted(self, problem: Problem) -> int:
         """Kept for speed, or with the fewest numbers where that does not fit."""
         for lean in (False, True):

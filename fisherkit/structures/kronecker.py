@@ -37,7 +37,6 @@ SMALL_BLOCK = 256
 EIGH_BYTES = 32
 """For each entry of a matrix while it is decomposed in float64: itself, its eigenvectors, and twice as much work."""
 
-
 LARGE = 512
 """Width of a factor from which on no vectors are kept that will be as many as it is wide: beside what passes take and
 give back, they leave the memory in pieces."""
@@ -380,9 +379,9 @@ class KFAC(LayerStructure):
         return self.kept_item * sum(i**2 + o**2 for i, o in sides) + values + self._others(problem)
 
     def peak(self, problem: Problem) -> int:
-        """All factors, which become the operators' in place; packed ones are made beside them, one at a time."""
+        """All factors, which become the operators' in place; those of a layer make room for their packed form."""
         others, (turned, kept) = self._others(problem), self._vectors(problem)
-        made = self._work(problem) + self.bytes(problem) if self.kept_item < self.item else 0
+        made = self._work(problem) if self.kept_item < self.item else 0
         return self._factors(problem) + others + max(turned, kept + others + made)
 
     def summed(self, problem: Problem) -> int:
@@ -396,17 +395,19 @@ class KFAC(LayerStructure):
     def _vectors(self, problem: Problem) -> tuple[int, int]:
         """Bytes of vectors beside the matrix that is made of them, once they are as many as it is wide, or in the end.
 
-        They are put side by side for the first, and kept for the second. Of wide factors alone: others' are few bytes.
+        A layer's are put side by side for the first, one factor's after the other's, and kept for the second.
         """
         turned = kept = 0
         for positions, *sides in (unit.shape for unit in problem.plan.ruled if unit.shape is not None):
-            if max(sides) < LARGE or self._many((examples := self.expected() or 0) * positions, *sides):
+            if self._many((examples := self.expected() or 0) * positions, *sides):
                 continue
+            turning = list[int]()
             for side, rows in zip(sides, (1, problem.backward_vectors), strict=True):
                 if examples * positions * rows < side:
                     kept += examples * positions * rows * side
                 elif problem.first_size * positions * rows < side:
-                    turned = max(turned, 2 * side**2)
+                    turning.append(side**2)
+            turned = max(turned, sum(turning) + max(turning, default=0))
         return self.item * turned, self.item * kept
 
     @staticmethod
