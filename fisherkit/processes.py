@@ -223,9 +223,10 @@ class Processes:
                 "an exchange between processes",
                 f"a connection that failed: {(str(error) or type(error).__name__).splitlines()[0]}",
                 "an answer from every process of the group",
-                why=f"a process has ended, or did not come to this exchange in time; this is rank {self.rank} of "
-                f"{self.size}",
-                try_="the output of the other processes; a longer timeout= in init_process_group for slow ones",
+                why="a process of the group has ended, hangs, or did not come to this exchange in time, and torch does "
+                f"not say which; not necessarily this one, rank {self.rank} of {self.size}",
+                try_="the process whose output lacks this error, or that the launcher names as failed first; a longer "
+                "timeout= in init_process_group for slow ones",
             ) from error  # fmt: skip
 
 

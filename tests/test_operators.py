@@ -130,6 +130,19 @@ def test_sample__has_exactly_the_inverse_as_covariance_and_several_are_independe
     assert_close(root @ root.T, torch.block_diag(*[covariance] * (n or 1)), torch.float64, factor=10)
 
 
+@pytest.mark.parametrize("structure", ["dense", "kronecker"])
+def test_sample__is_the_same_for_any_choice_of_eigenvectors(structure: str) -> None:
+    """Rounding chooses them where eigenvalues are equal, and their signs everywhere: otherwise in other processes."""
+
+    def draws(rounding: float) -> Tensor:
+        a, g = (torch.eye(n, dtype=torch.float64) + rounding * positive(n, n, torch.float64) for n in (5, 3))
+        operator = KroneckerOperator(LAYER, a, g)
+        dense = DenseOperator(LAYER, operator.to_dense())
+        return (dense if structure == "dense" else operator).factorize(0.1).sample(torch.Generator().manual_seed(0), 2)
+
+    torch.testing.assert_close(draws(1e-12), draws(0.0), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("n", "error"),
     [(0, InvalidArgumentError), (-1, InvalidArgumentError), *((n, InvalidTypeError) for n in (1.5, True, "3"))],

@@ -4,8 +4,10 @@ import contextlib
 import copy
 import functools
 import os
+import pickle
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -66,9 +68,13 @@ def compare(rank: int, size: int, cases: list[tuple[str, dict[str, Any]]]) -> di
         for a, b in ((one.dropped_trace, fisher.dropped_trace), (one.dropped_share, fisher.dropped_share)):
             assert (a is None) == (b is None)
             assert a is None or torch.allclose(torch.as_tensor(a), torch.as_tensor(b), atol=1e-12)
-        expected = answers(one)
-        everything = answers(fisher)
+        expected, everything = (
+            {**answers(f), "draws": f.factorize(1e-2).sample(torch.Generator().manual_seed(3), 2)}
+            for f in (one, fisher)
+        )
         assert everything.keys() == expected.keys()
+        if options.get("structure") == "block":
+            del everything["draws"]  # by a matrix in one process and by rows in another
         for name, found in everything.items():
             error = (found - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)
             worst[f"{kind} {options} {name}"] = float(error)
@@ -286,8 +292,45 @@ def test_fault__in_one_process_is_an_error_in_all(found: Any, fault: str) -> Non
 def test_fault__a_process_that_ends_is_an_error_in_the_others() -> None:
     first, second = ranks.run(2, failing, "death", alive=False)
     assert first[0].startswith("ProcessError"), first
+    assert "not necessarily this one, rank 0 of 2" in first[0]
     assert first[1] < ranks.TIMEOUT
     assert second is None
+
+
+def sent(rank: int, size: int, structure: str, batches: int) -> tuple[int, int]:
+    """Bytes that meet in sums while a Fisher is built, and bytes of all other exchanges."""
+    counts = {"all_reduce": 0, "broadcast": 0, "all_gather_object": 0, "broadcast_object_list": 0}
+
+    def counted(name: str, place: int) -> Any:
+        exchange = getattr(dist, name)
+
+        def made(*arguments: Any, **options: Any) -> Any:
+            value = arguments[place]
+            counts[name] += value.nbytes if isinstance(value, Tensor) else len(pickle.dumps(value))
+            return exchange(*arguments, **options)
+
+        return made
+
+    g = torch.Generator().manual_seed(rank)
+    data = [
+        (torch.randn(4, 5, generator=g, dtype=torch.float64), torch.randint(0, 4, (4,), generator=g))
+        for _ in range(batches)
+    ]
+    with mock.patch.multiple(dist, **{name: counted(name, name == "all_gather_object") for name in counts}):
+        fk.EmpiricalFisher(network(), data, structure=structure)
+    return counts.pop("all_reduce"), sum(counts.values())
+
+
+@pytest.mark.parametrize(
+    ("structure", "numbers"),
+    # Two counts of examples beside the factors of both layers, and the layer norm's block.
+    [("diagonal", 76), ("kfac", 6**2 + 6**2 + 7**2 + 4**2 + 12**2 + 2)],
+)
+def test_build__sends_sums_once_whatever_the_number_of_batches(structure: str, numbers: int) -> None:
+    few, many = (ranks.run(2, sent, structure, batches)[0] for batches in (3, 12))
+    assert few == many
+    assert few[0] == 8 * numbers
+    assert few[1] < 20_000, "names, settings, and numbers of examples"
 
 
 def test_group__that_is_none_is_refused() -> None:

@@ -12,11 +12,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 import fisherkit as fk
 from tests import ranks
 from tests.by_hand import weights as flat
+from tests.test_fully_sharded import sharded
+from tests.test_fully_sharded_optim import distance, preconditioned
+from tests.test_fully_sharded_optim import train as train_both
 from tests.test_processes import Routed, batches_of, network, train
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -201,3 +205,63 @@ def test_settings__that_differ_between_processes_are_refused(found: Any) -> None
     for one in found[0]:
         assert [name for name, refused in one["differing"].items() if not refused] == []
         assert len(one["differing"]) == 2 * len(OTHERS) + 6
+
+
+FOLLOWED = preconditioned({"kind": "truncated:2", "structure": "kfac", "damping": 1e-2, "ema": 0.5})
+WRAPPERS = {"replicated": DistributedDataParallel, "in shards": sharded}
+
+
+def eight_steps(rank: int = 0, size: int = 1) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(6)
+    x, y = torch.randn(8, 12, 5, generator=g, dtype=torch.float64), torch.randint(0, 4, (8, 12), generator=g)
+    own = slice(rank * 12 // size, (rank + 1) * 12 // size)
+    return list(zip(x[:, own], y[:, own], strict=True))
+
+
+def write_followed(rank: int, size: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    for name, wrapped in WRAPPERS.items():
+        inner = network()
+        model = wrapped(inner)
+        preconditioner, sgd = FOLLOWED(model, None)
+        train_both(model, (preconditioner, sgd), eight_steps(rank, size)[:4])
+        state = {"model": inner.state_dict(), "preconditioner": preconditioner.state_dict()}
+        state["sgd"] = get_optimizer_state_dict(model, sgd)
+        dcp.save({**state, "by number": sgd.state_dict()}, checkpoint_id=f"{folder}/{name}")
+        if rank == 0:
+            dcp_to_torch_save(f"{folder}/{name}", f"{folder}/{name}.pt")
+
+
+def resume_followed(rank: int, size: int, folder: str) -> dict[str, float]:
+    """How far from one process that nobody interrupted: as the docs say, and by torch's numbers of parameters."""
+    warnings.simplefilter("ignore")
+    alone, found = network(), {}
+    train_both(alone, FOLLOWED(alone, False), eight_steps())
+    for written in WRAPPERS:
+        for name, wrapped in WRAPPERS.items() if size > 1 else [("alone", lambda inner: inner)]:
+            for saved in ("sgd", "by number") if name != "in shards" else ("sgd",):
+                state = torch.load(f"{folder}/{written}.pt", weights_only=True)
+                model = network(1)
+                model.load_state_dict(state["model"])
+                model = wrapped(model)
+                preconditioner, sgd = FOLLOWED(model, None)
+                preconditioner.load_state_dict(state["preconditioner"])
+                if saved == "sgd":
+                    whole = StateDictOptions(full_state_dict=True)
+                    set_optimizer_state_dict(model, sgd, state["sgd"], options=whole)
+                else:
+                    sgd.load_state_dict(state["by number"])
+                train_both(model, (preconditioner, sgd), eight_steps(rank, size)[4:])
+                found[f"{saved}: {written}, {name}"] = distance(model, alone)
+    return found
+
+
+def test_checkpoint__of_an_optimizer_that_follows_is_by_names_of_parameters() -> None:
+    """By their numbers, torch loses the momentum without a word: `dcp_to_torch_save` makes them strings."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks.run(2, write_followed, folder)
+        for size in (1, 2, 3):
+            for one in ranks.run(size, resume_followed, folder):
+                assert isinstance(one, dict), one
+                assert max(error for name, error in one.items() if name.startswith("sgd")) < 1e-10, one
+                assert min(error for name, error in one.items() if name.startswith("by number")) > 1e-3, one

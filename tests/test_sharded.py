@@ -85,7 +85,25 @@ def compare(rank: int, size: int) -> dict[str, float]:
             for name, found in everything.items():
                 error = (found - expected[name]).norm() / expected[name].norm()
                 worst[f"{structure} {budget} {name}"] = float(error)
+            worst[f"{structure} {budget} draws"] = 0.0 if plausible_draws(one, fisher) else 1.0
     return worst
+
+
+def plausible_draws(one: fk.FisherOperator, fisher: fk.FisherOperator, n: int = 20_000) -> bool:
+    """Whether many draws have the covariance (F + λI)⁻¹, by its distance in numbers of standard deviations.
+
+    Turned by the Cholesky factor of F + λI they would be normal numbers, whose second moments S have E n‖S − I‖² =
+    D (D + 1), with a standard deviation of 2√(D (D + 1)) and a little.
+    """
+    shifted = one.to_dense() + 1e-2 * torch.eye(one.size, dtype=torch.float64)
+    draws = fisher.factorize(damping=1e-2).sample(torch.Generator().manual_seed(3), n)
+    normal = torch.linalg.cholesky(shifted).mT @ draws
+    distance = n * (normal @ normal.mT / n - torch.eye(one.size, dtype=torch.float64)).square().sum()
+    entries = one.size * (one.size + 1)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, draws[:, :2])
+    same = all(torch.equal(other, draws[:, :2]) for other in found)
+    return same and bool((distance - entries).abs() < 5 * 2 * entries**0.5)
 
 
 def deep() -> nn.Module:

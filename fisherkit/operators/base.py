@@ -419,7 +419,11 @@ class FisherOperator(ABC):
 
     @abstractmethod
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        """Independent draws from the normal distribution N(0, F), side by side."""
+        """Independent draws from the normal distribution N(0, F), side by side.
+
+        By a root of F that does not depend on the choice of eigenvectors, so that processes agree: the symmetric one,
+        or rows.
+        """
 
     @abstractmethod
     def _scaled(self, scale: float) -> FisherOperator:

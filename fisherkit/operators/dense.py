@@ -81,7 +81,7 @@ class DenseOperator(FisherOperator):
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
         values, vectors, _ = self._spectrum
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
-        return (vectors @ (values.sqrt().unsqueeze(-1) * noise.double())).to(self.dtype)
+        return (vectors @ (values.sqrt().unsqueeze(-1) * (vectors.mT @ noise.double()))).to(self.dtype)
 
     def _scaled(self, scale: float) -> DenseOperator:
         return DenseOperator(self.space, scale * self._matrix)

@@ -225,7 +225,9 @@ class Factorization(ABC):
 
         Returns:
             ``[D]``, or ``[D, n]`` (columns last), in the operator's dtype. The same seed and n give the same draws; n
-            draws of one call are not those of n calls.
+            draws of one call are not those of n calls. Several processes all get the draws that one process gets,
+            but with ``shard=True``, and of a "block" whose processes keep rows where one keeps a matrix: these draw
+            from other numbers, the same in all processes.
 
         Raises:
             InvalidTypeError, InvalidArgumentError: n is not a positive integer, or the generator not a torch.Generator.

@@ -352,11 +352,6 @@ class EigenKroneckerOperator(LayerOperator):
         return _EigenKroneckerFactorization(self, self, damping)
 
     def _draw(self, generator: torch.Generator | None, count: int) -> Float[Tensor, "D n"]:
-        if self._leading is None:
-            noise = torch.randn(
-                count, *self.eigenvalue_grid.shape, dtype=self.dtype, device=self.device, generator=generator
-            )
-            return self._turned_back(self.eigenvalue_grid.sqrt().to(self.dtype) * noise)
         noise = torch.randn(self.size, count, dtype=self.dtype, device=self.device, generator=generator)
         return self._apply(noise, self._weights(torch.sqrt))
 
