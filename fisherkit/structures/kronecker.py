@@ -400,7 +400,7 @@ class KFAC(LayerStructure):
         turned = kept = 0
         examples, first, vectors = self.expected() or 0, problem.first_size, problem.backward_vectors
         for positions, *sides in (unit.shape for unit in problem.plan.ruled if unit.shape is not None):
-            if self._many(examples * positions, *sides):
+            if LARGE <= max(sides) <= examples * positions:
                 continue
             turning = list[int]()
             for side, rows in zip(sides, (1, vectors), strict=True):
