@@ -398,14 +398,15 @@ class KFAC(LayerStructure):
         A layer's are put side by side for the first, one factor's after the other's, and kept for the second.
         """
         turned = kept = 0
+        examples, first, vectors = self.expected() or 0, problem.first_size, problem.backward_vectors
         for positions, *sides in (unit.shape for unit in problem.plan.ruled if unit.shape is not None):
-            if self._many((examples := self.expected() or 0) * positions, *sides):
+            if LARGE <= max(sides) <= examples * positions:
                 continue
             turning = list[int]()
-            for side, rows in zip(sides, (1, problem.backward_vectors), strict=True):
+            for side, rows in zip(sides, (1, vectors), strict=True):
                 if examples * positions * rows < side:
                     kept += examples * positions * rows * side
-                elif problem.first_size * positions * rows < side:
+                elif first * positions * rows < side:
                     turning.append(side**2)
             turned = max(turned, sum(turning) + max(turning, default=0))
         return self.item * turned, self.item * kept
