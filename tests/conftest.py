@@ -1,6 +1,5 @@
 """Settings shared by every test, and the conformance table at the end of a run."""
 
-import dataclasses
 import functools
 import gc
 import importlib
@@ -30,61 +29,53 @@ Together they call every annotated module. Checking takes as long as the work on
 
 jaxtyped = jaxtyping.jaxtyped
 
-plain: dict[types.FunctionType, types.CodeType] = {}
-checked: dict[types.FunctionType, types.CodeType] = {}
+
+called: list[Callable[..., Any]] = []
+checks: dict[Any, Callable[..., Any]] = {}
+
+
+def relay(*args: Any, **kwargs: Any) -> Any:
+    return called[-1](*args, **kwargs)
 
 
 def checked_when_asked(**options: Any) -> Callable[[Any], Any]:
-    """`jaxtyping.jaxtyped` that leaves functions as they are, until `check_annotations` gives them another code."""
+    """`jaxtyping.jaxtyped` that makes the check of a function at its first checked call, and once.
 
-    def decorate(found: Any) -> Any:
-        function = found.__init__ if dataclasses.is_dataclass(found) else found
+    Making one takes a millisecond: of every function at import, and of every inner function at each call around it.
+    """
+
+    config = jaxtyping.config  # no global, which torch.compile would look for in the module that THEIRS names
+
+    def decorate(function: Any) -> Any:
         if not inspect.isfunction(function):
-            return found
-        if "<locals>" in function.__qualname__ and function is found:
-            return found if jaxtyping.config.jaxtyping_disable else jaxtyped(found, **options)
-        plain[function] = function.__code__
+            return jaxtyped(function, **options)
 
-        @functools.cache  # making one takes a millisecond
-        def check() -> Any:
-            own = types.FunctionType(
-                plain[function], function.__globals__, function.__name__, function.__defaults__, function.__closure__
-            )
-            for name in ("__kwdefaults__", "__annotations__", "__qualname__"):
-                setattr(own, name, getattr(function, name))
-            return jaxtyped(own, **options)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            if config.jaxtyping_disable:
+                return function(*args, **kwargs)
+            if function.__code__ not in checks:
+                # Annotations are looked up where the function was written.
+                own = types.FunctionType(relay.__code__, {**function.__globals__, "called": called})
+                checks[function.__code__] = jaxtyped(functools.wraps(function)(own), **options)
+            called.append(function)
+            try:
+                return checks[function.__code__](*args, **kwargs)
+            finally:
+                called.pop()
 
-        constants = tuple(check if one == "check" else one for one in relay.__code__.co_consts)
-        names = function.__code__.co_freevars  # a function's code has as many as the function
-        checked[function] = relay.__code__.replace(co_consts=constants, co_freevars=names)
-        return found
+        return functools.wraps(function)(types.FunctionType(call.__code__, THEIRS, closure=call.__closure__))
 
     return decorate
 
 
-def relay(*args: Any, **kwargs: Any) -> Any:
-    __tracebackhide__ = True
-    check: Any = "check"
-    return check()(*args, **kwargs)
-
-
+THEIRS = {**globals(), "__name__": "jaxtyping"}  # a warning looks for the user's line by the names of modules
 jaxtyping.jaxtyped = checked_when_asked  # where the import hook of --jaxtyping-packages looks
-
-
-def check_annotations(check: bool) -> None:
-    """Whether the shape annotations of the package are enforced from now on."""
-    if check == jaxtyping.config.jaxtyping_disable:
-        jaxtyping.config.update("jaxtyping_disable", not check)
-        for function, code in (checked if check else plain).items():
-            function.__code__ = code
-
-
-jaxtyping.config.update("jaxtyping_disable", True)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    check_annotations(item.path.stem in ANNOTATIONS_CHECKED)
+    jaxtyping.config.update("jaxtyping_disable", item.path.stem not in ANNOTATIONS_CHECKED)
 
 
 # What thousands of tests and their imports hold would be looked through again and again.
