@@ -432,7 +432,7 @@ class Source:
 
     def first(self) -> Batch:
         """The first batch with more than one example, else the first."""
-        first = self.beginning()
+        first = self.beginning() if self._first is None else self._first
         if first is None:
             raise DataError("data", "no batch", "at least one example")
         return first

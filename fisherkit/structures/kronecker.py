@@ -399,10 +399,10 @@ class KFAC(LayerStructure):
         """
         turned = kept = 0
         examples, first, vectors = self.expected() or 0, problem.first_size, problem.backward_vectors
-        for positions, *sides in (unit.shape for unit in problem.plan.ruled if unit.shape is not None):
-            if LARGE <= max(sides) <= examples * positions:
+        for unit in problem.plan.ruled:
+            if (shape := unit.shape) is None or LARGE <= max(shape[1:]) <= examples * shape[0]:
                 continue
-            turning = list[int]()
+            (positions, *sides), turning = shape, list[int]()
             for side, rows in zip(sides, (1, vectors), strict=True):
                 if examples * positions * rows < side:
                     kept += examples * positions * rows * side
