@@ -73,9 +73,14 @@ THEIRS = {**globals(), "__name__": "jaxtyping"}  # a warning looks for the user'
 jaxtyping.jaxtyped = checked_when_asked  # where the import hook of --jaxtyping-packages looks
 
 
+def check_annotations(check: bool) -> None:
+    """Whether the shape annotations of the package are enforced from now on."""
+    jaxtyping.config.update("jaxtyping_disable", not check)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    jaxtyping.config.update("jaxtyping_disable", item.path.stem not in ANNOTATIONS_CHECKED)
+    check_annotations(item.path.stem in ANNOTATIONS_CHECKED)
 
 
 # What thousands of tests and their imports hold would be looked through again and again.
