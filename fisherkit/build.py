@@ -197,6 +197,8 @@ class Builder:
             return self._result(*self._streamed(structure, later))
         self._require(structure)
         groups = self._groups(structure, held=self.needed)
+        if self.processes.size > 1:  # whose batches may be of different sizes: the most parts fit in all
+            groups = max(self.processes.gathered(groups), key=len)
         if len(groups) == 1 and self.shards == 1:
             return self._result(*self._part(structure, self.needed))
         blocks: dict[Names, FisherOperator] = {}
@@ -239,7 +241,10 @@ class Builder:
     def _kept(self, kind: type[Structure], keeper: PartsFile) -> Built | None:
         structure = self._chosen(kind)
         rules = [(unit.names, self.problem.plan.rule_name(unit), unit.reason) for unit in self.problem.plan.units]
-        groups = keeper.begin(self._groups(structure), f"{self.problem.by_owner} {rules}")
+        groups = self._groups(structure)
+        if self.processes.size > 1:
+            groups = max(self.processes.gathered(groups), key=len)
+        groups = keeper.begin(groups, f"{self.problem.by_owner} {rules}")
         for names in groups if structure.in_parts else ():
             self._require(*self._restricted(structure, names))
         if len(groups) == 1 and not keeper.finished(0):

@@ -166,7 +166,7 @@ def test_relatif__computes_an_example_s_own_once_for_all_blocks_of_queries(
     train = scores.prepare(cut(2, 4, 1)) if prepared else cut(2, 4, 1)
     squares, made = scores._squares, []
     monkeypatch.setattr(scores, "_squares", lambda block, of: made.append(block.size) or squares(block, of))
-    blocks = list(scores._query_blocks((X, Y), scores._training(train, token=False), "loss"))
+    blocks = list(scores._query_blocks((X, Y), scores._training("scores", train, token=False), "loss"))
     assert len(blocks) > 1
     same(scores.scores((X, Y), train, normalize="relatif"), expected)
     assert sum(made) == 7

@@ -51,7 +51,8 @@ def test_rows__smaller_than_the_layers_outputs_are_made_in_pieces_that_a_cache_h
     monkeypatch.setattr(problem_module, "forward", counted)
     rows = []
     for entries in (problem_module.GRAPH, 500):
-        monkeypatch.setattr(problem_module, "GRAPH", entries)
+        for name in ("GRAPH", "LAYER"):
+            monkeypatch.setattr(problem_module, name, min(entries, getattr(problem_module, name)))
         sizes.clear()
         fisher = fk.EmpiricalFisher(model, data, storage="rows")
         rows.append(fisher.held.row_source.dense())  # type: ignore[attr-defined]
@@ -74,7 +75,8 @@ def test_sums__of_many_vectors_and_large_layers_in_passes_that_a_cache_holds(
         return rows(self, v, *given, **options)
 
     monkeypatch.setattr(linearized.Linearized, "rows", counted)
-    monkeypatch.setattr(problem_module, "GRAPH", 500)
+    for limit in ("GRAPH", "LAYER"):
+        monkeypatch.setattr(problem_module, limit, 500)
     monkeypatch.setattr(problem_module, name, entries)
     kind = "exact" if name == "GRAPH" else "ef"
     found = fk.FisherApproximation(model, data, kind, structure="diagonal").diagonal()

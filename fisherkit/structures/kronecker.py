@@ -398,7 +398,7 @@ class KFAC(LayerStructure):
         A layer's are put side by side for the first, one factor's after the other's, and kept for the second.
         """
         turned = kept = 0
-        examples, first, vectors = self.expected() or 0, problem.first_size, problem.backward_vectors
+        examples, first, vectors = self.expected() or 0, problem.first_size, problem.vectors_per_example // problem.fold
         for unit in problem.plan.ruled:
             if (shape := unit.shape) is None or LARGE <= max(shape[1:]) <= examples * shape[0]:
                 continue
