@@ -241,10 +241,8 @@ class Builder:
     def _kept(self, kind: type[Structure], keeper: PartsFile) -> Built | None:
         structure = self._chosen(kind)
         rules = [(unit.names, self.problem.plan.rule_name(unit), unit.reason) for unit in self.problem.plan.units]
-        groups = self._groups(structure)
-        if self.processes.size > 1:
-            groups = max(self.processes.gathered(groups), key=len)
-        groups = keeper.begin(groups, f"{self.problem.by_owner} {rules}")
+        finest = max(self.processes.gathered(self._groups(structure)), key=len)
+        groups = keeper.begin(finest, f"{self.problem.by_owner} {rules}")
         for names in groups if structure.in_parts else ():
             self._require(*self._restricted(structure, names))
         if len(groups) == 1 and not keeper.finished(0):
