@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -31,6 +32,17 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "sample": ("channels", "sample_given"),
 }  # fmt: skip
 """A class that changes a method on the left has the derived forms of those on the right, unless it has its own."""
+
+
+class Derived:
+    """A property that a subclass, or an object in its `__init__`, may replace by a plain attribute."""
+
+    def __init__(self, rule: Callable[[Any], Any]) -> None:
+        self.rule, self.__doc__ = rule, rule.__doc__
+
+    def __get__(self, owner: Any, cls: Any = None) -> Any:
+        """What follows for an object; the rule itself for a class."""
+        return self if owner is None else self.rule(owner)
 
 
 class Likelihood(ABC):
@@ -84,16 +96,18 @@ class Likelihood(ABC):
                 try_=f"def __init__(self): super().__init__({name}=...)",
             )  # fmt: skip
         for changed, followers in FOLLOWS.items():
+            if vars(cls.__mro__[_place(cls, changed)]).get("built_in"):
+                continue  # one of the package's own classes, whose forms belong together
             for follower in followers:
                 if _place(cls, changed) < _place(cls, follower):
                     setattr(cls, follower, _gradient_of_loss if follower == "gradient" else vars(Likelihood)[follower])
 
-    @property
+    @Derived
     def hessian_of_targets(self) -> bool:
         """Whether ∂²ℓ/∂z² depends on the target, by `hessian_scale`: the exact kind then needs targets."""
         return type(self).hessian_scale is not Likelihood.hessian_scale
 
-    @property
+    @Derived
     def unlikely(self) -> str:
         """Why ℓ is no −log p(y | z) that labels can be drawn from; empty where it is."""
         return ""
@@ -459,21 +473,26 @@ def confirm(
         for name, (found, wanted) in forms.items():
             if not _agree(found, wanted):
                 _contradict(likelihood, name, "hessian_factor")
-    if min(_place(cls, "gradient"), _place(cls, "hessian_scale")) < _place(cls, "hessian_factor"):
+    own_gradient = min(_place(cls, "gradient"), _place(cls, "hessian_scale")) < _place(cls, "hessian_factor")
+    scaled = not likelihood.hessian_of_targets and cls.hessian_scale is not Likelihood.hessian_scale
+    if own_gradient or scaled:
         shape = (*some.shape[:-1], likelihood.channels(some.shape[-1]))
         drawn = [likelihood.sample(some, torch.full(shape, u).to(some)) for u in _QUANTILES] if own is None else [own]
         for targets in drawn:
-            _confirm_derivative(likelihood, some, targets, w)
+            scale = likelihood.hessian_scale(some, targets)
+            if scale is not None and not likelihood.hessian_of_targets:
+                _contradict(likelihood, "hessian_of_targets", "hessian_scale")
+            if own_gradient:
+                _confirm_derivative(likelihood, some, targets, w, scale)
     object.__setattr__(likelihood, "_confirmed", True)  # a frozen dataclass may be a likelihood, too
 
 
-def _confirm_derivative(likelihood: Likelihood, z: Tensor, target: Tensor, w: Tensor) -> None:
+def _confirm_derivative(likelihood: Likelihood, z: Tensor, target: Tensor, w: Tensor, scale: Tensor | None) -> None:
     """Compare the Hessian's product with automatic differentiation of the gradient."""
     with torch.enable_grad():
         leaf = z.clone().requires_grad_()
         u = likelihood.gradient(leaf, target)
         derivative = torch.autograd.grad(u, leaf, w, allow_unused=True)[0] if u.requires_grad else None
-    scale = likelihood.hessian_scale(z, target)
     root = torch.ones_like(z) if scale is None else scale.sqrt()
     if not _agree(
         torch.zeros_like(z) if derivative is None else derivative, root * likelihood.hessian_matmul(z, root * w)
@@ -488,7 +507,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 def _contradict(likelihood: Likelihood, found: str, other: str) -> NoReturn:
     raise InvalidArgumentError(
         "likelihood", f"a {type(likelihood).__name__} whose {found} does not belong to its {other}",
-        "methods of one loss" if other == "hessian_factor" else f"{found} with S Sᵀ the derivative of {other}",
+        f"{found} with S Sᵀ the derivative of {other}" if found == "hessian_factor" else "methods of one loss",
         why="one of them was changed and the other inherited, or written for another loss",
         try_=f"{found} in {type(likelihood).__name__} itself",
     )  # fmt: skip

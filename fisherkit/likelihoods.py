@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fisherkit.arguments import check_number, is_integer
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError, listed
-from fisherkit.likelihood import Likelihood, Prepared, setting_text, shape_text
+from fisherkit.likelihood import Derived, Likelihood, Prepared, setting_text, shape_text
 from fisherkit.model_inputs import is_causal
 
 __all__ = [
@@ -281,12 +281,12 @@ class Bernoulli(_Separate):
                 self.class_axis, found = min(self.class_axis, -found.ndim), found.flatten()
             setattr(self, name, found)
 
-    @property
+    @Derived
     def unlikely(self) -> str:
         """Whether weights make it no −log p."""
         return "" if self.pos_weight is self.weight is None else WEIGHTED
 
-    @property
+    @Derived
     def hessian_of_targets(self) -> bool:
         """Whether positives have another weight."""
         return self.pos_weight is not None
@@ -376,12 +376,12 @@ class Categorical(Likelihood):
                 raise InvalidArgumentError(call, "weight of no axis or several", "[C]")
             self.weight = found
 
-    @property
+    @Derived
     def unlikely(self) -> str:
         """Whether weights make it no −log p."""
         return WEIGHTED if self.hessian_of_targets else ""
 
-    @property
+    @Derived
     def hessian_of_targets(self) -> bool:
         """Whether classes have weights."""
         return self.weight is not None

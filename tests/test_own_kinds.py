@@ -394,6 +394,37 @@ def test_scale__of_an_own_class_needs_no_word_to_be_used() -> None:
         fk.ExactFisher(model, (x, None), likelihood=Own())
 
 
+@pytest.mark.parametrize("base", [Categorical, Bernoulli, Gaussian])
+def test_reason_not_to_draw__may_be_set_on_the_object(base: type[Likelihood]) -> None:
+    def init(self: Any) -> None:
+        base.__init__(self)
+        self.unlikely, self.hessian_of_targets = "its labels are no draws", False
+
+    own, (model, x, y) = type("Own", (base,), {"__init__": init})(), classified()
+    targets = y if base is Categorical else F.one_hot(y, 4).double()
+    right = fk.ExactFisher(model, (x, None), likelihood=base()).to_dense()
+    assert error(fk.ExactFisher(model, (x, targets), likelihood=own).to_dense(), right) < 1e-12
+    with pytest.raises(fk.InvalidArgumentError, match="Its labels are no draws"):
+        fk.SampledFisher(model, (x, targets), likelihood=own)
+
+
+def test_scale__that_is_said_not_to_depend_on_targets_is_refused_where_it_does() -> None:
+    class Own(Categorical):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hessian_of_targets = False
+
+        def gradient(self, z: Tensor, target: Tensor) -> Tensor:
+            return (1 + target).unsqueeze(-1) * super().gradient(z, target)
+
+        def hessian_scale(self, z: Tensor, target: Tensor) -> Tensor:
+            return (1 + target).unsqueeze(-1)
+
+    model, x, y = classified()
+    with pytest.raises(fk.FisherkitError):
+        fk.ExactFisher(model, (x, y), likelihood=Own())
+
+
 def test_weights__of_a_subclass_count_however_they_were_set() -> None:
     class Classes(Categorical):
         def __init__(self) -> None:
