@@ -120,13 +120,19 @@ class Batch:
         names = dict(enumerate(_named_inputs(args, kwargs)))
         sizes = [leaf.shape[0] for _, leaf in names.values() if leaf.ndim > 0]
         if not sizes:
-            raise DataError(call, "inputs without a tensor", "tensors with the examples along axis 0")
+            raise DataError(
+                call, "inputs without a tensor", "tensors with the examples along axis 0",
+                why="examples are told apart along that axis", try_="a collate_fn that makes tensors of them",
+            )  # fmt: skip
         size = targets.shape[0] if targets is not None and targets.ndim > 0 and targets.shape[0] in sizes else sizes[0]
         if axes:
             own = [leaf.shape[0] for i, (_, leaf) in names.items() if axes.get(i) and leaf.ndim > 0]
             size = own[0] if own and size not in own else size
         if size == 0:
-            raise DataError(call, "a batch with no example", "at least one")
+            raise DataError(
+                call, "a batch with no example", "at least one", why="nothing can be averaged over none",
+                try_="leaving empty batches out, for example in the loader's batch_sampler",
+            )  # fmt: skip
         if targets is not None and (targets.ndim == 0 or targets.shape[0] != size):
             raise DataError(
                 call, f"inputs with {size} examples and targets of shape {list(targets.shape)}", f"{size} targets",
@@ -434,7 +440,7 @@ class Source:
         """The first batch with more than one example, else the first."""
         first = self.beginning() if self._first is None else self._first
         if first is None:
-            raise DataError("data", "no batch", "at least one example")
+            raise no_batch()
         return first
 
     def beginning(self) -> Batch | None:
@@ -538,6 +544,14 @@ def _elsewhere(others: Sequence[torch.Generator]) -> RngState:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  users' code draws from it
         return rng_state(others)
+
+
+def no_batch(where: str = "") -> DataError:
+    """Of data, or of all processes' data, that have nothing in them."""
+    return DataError(
+        "data", f"no batch{where}", "at least one example", why="there is nothing to average over",
+        try_="a list of batches or a DataLoader: a generator that has run before yields none",
+    )  # fmt: skip
 
 
 def warn_of_unshifted(batch: Batch, labels: Tensor, mask: Tensor) -> None:

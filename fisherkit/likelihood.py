@@ -336,7 +336,10 @@ class Likelihood(ABC):
             DataError: NaN, infinite or outside the support.
         """
         if not all_finite(target):
-            raise DataError(call, "targets with NaN or infinite entries", "finite numbers")
+            raise DataError(
+                call, "targets with NaN or infinite entries", "finite numbers",
+                why="the loss of such an example is no number", try_="leaving those examples out",
+            )  # fmt: skip
         least, most, allowed = self.support
         wrong = target[(target < least) | (target > most)].unique().tolist() if allowed else []
         if wrong:

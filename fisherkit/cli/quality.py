@@ -34,8 +34,7 @@ from fisherkit.cli.options import (
 )
 from fisherkit.cli.sources import load_likelihood
 from fisherkit.cli.text import number, progress, table
-from fisherkit.data import Source
-from fisherkit.errors import DataError
+from fisherkit.data import Source, no_batch
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.compare import average, plot_damping
 from fisherkit.io import replace_text
@@ -82,7 +81,7 @@ class Quality:
         model, data = load_pair(self.spec, CALL)
         batches = [batch.raw for batch in itertools.islice(Source(data, model).once(), self.batches)]
         if not batches:
-            raise DataError("data", "no batch", "at least one example")
+            raise no_batch()
         likelihood = load_likelihood(self.likelihood, CALL)
         tables = [
             compare(

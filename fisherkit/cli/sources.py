@@ -202,7 +202,7 @@ def read_texts(path: Path, columns: Sequence[str | None], call: str) -> list[Tex
     """The lines of a .jsonl, .csv or .tsv file, with the columns of the text, of a second text and of the label."""
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise InvalidArgumentError(call, f"no file at {path}", "a .jsonl, .csv or .tsv file")
+        raise InvalidArgumentError(call, f"no file at {path}", "a .jsonl, .csv or .tsv file", try_="check the path")
     if suffix not in {".jsonl", ".json", *SEPARATORS}:
         raise InvalidArgumentError(call, f"{path}", "a .jsonl, .csv or .tsv file", try_="another file, or rename it")
     try:

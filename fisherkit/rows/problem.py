@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fisherkit.arithmetic import HALF
-from fisherkit.data import Batch, Source, check_finite, warn_of_unshifted
+from fisherkit.data import Batch, Source, check_finite, no_batch, warn_of_unshifted
 from fisherkit.errors import DataError, ModelError, ProcessError, listed
 from fisherkit.likelihood import Likelihood, prepared
 from fisherkit.model_state import parameters_hash
@@ -424,7 +424,7 @@ class Problem:
                 start += micro.size
                 shown.update(micro.size / batch.size)
         if start == 0 and self.processes.size == 1:
-            raise DataError("data", "no batch", "at least one example")
+            raise no_batch()
 
     def refuse_changed(self) -> None:
         """Refuse a model that is not what it was when the Fisher was built: its rows would be another Fisher's."""

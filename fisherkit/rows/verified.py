@@ -33,7 +33,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fisherkit.data import SHARED, Batch, Source, model_device
+from fisherkit.data import SHARED, Batch, Source, model_device, no_batch
 from fisherkit.errors import DataError, FisherkitError, InvalidTypeError, ModelError, listed
 from fisherkit.model_inputs import DECODER_INPUTS, is_encoder_decoder
 from fisherkit.processes import Processes
@@ -315,7 +315,7 @@ def joint_plan(model: nn.Module, space: ParameterSpace, source: Source, processe
     first = processes.each("reading the data", source.beginning)
     sizes = processes.gathered(0 if first is None else first.size)
     if not any(sizes):
-        raise DataError("data", "no batch in any process", "at least one example")
+        raise no_batch(" in any process")
     owner = next((rank for rank, size in enumerate(sizes) if size > 1), sizes.index(1) if 1 in sizes else 0)
     own = processes.rank == owner
     plan = processes.each("a first pass of the model", lambda: plan_of(model, space, source) if own else None)
