@@ -19,6 +19,9 @@ E = TypeVar("E", bound="FisherkitError")
 _STOP = re.compile(r"""(?<=[\w)\]}'"`%])\.(?=;|\.(?: |$))""")
 """A full stop, as of another error that a part ends in, where another stop or a semicolon follows."""
 
+_ARTICLE = re.compile(r"^a (?=[aeioAEIO](?!ne\b))")
+"""An article in front of a type's name that begins with a vowel."""
+
 
 def listed(texts: Iterable[str], most: int = 8, separator: str = ", ") -> str:
     """The first few of a list, and how many more there are.
@@ -44,6 +47,7 @@ class FisherkitError(Exception):
     """
 
     def __init__(self, call: str, got: str, expected: str = "", *, why: str = "", try_: str = "") -> None:
+        got = _ARTICLE.sub("an ", got)
         self.call, self.got, self.expected, self.why, self.try_ = call, got, expected, why, try_
         parts = [f"{call}: got {got}" + (f"; expected {expected}." if expected else ".")]
         if why:

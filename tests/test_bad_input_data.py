@@ -47,7 +47,7 @@ DATA: dict[str, Case] = {
     "zip": Case(lambda: ef(data=zip([X], [Y], strict=True)), fk.DataError, ("got a zip", "Try: list(data)")),
     "map": Case(lambda: ef(data=map(tuple, [(X, Y)])), fk.DataError, ("got a map", "Try: list(data)")),
     "None": Case(lambda: ef(data=None), TYPE, ("data: got a NoneType", "one batch (inputs, targets), or a list")),
-    "number": Case(lambda: ef(data=7), TYPE, ("data: got a int", "or a list or DataLoader of batches")),
+    "number": Case(lambda: ef(data=7), TYPE, ("data: got an int", "or a list or DataLoader of batches")),
     "dataset": Case(lambda: ef(data=TensorDataset(X, Y)), TYPE, ("data: got a TensorDataset", "DataLoader of batches")),
     "another dtype": Case(lambda: ef(mlp().double(), data=(X.float(), Y)), fk.DataError,
         ("data, batch 0: got inputs of torch.float32; expected torch.float64, the parameters' dtype", "same dtype",

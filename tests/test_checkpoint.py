@@ -333,7 +333,7 @@ def test_interrupted_writing__leaves_the_last_file(path: Path, monkeypatch: pyte
     [
         ({"path": Path("nowhere") / "solve"}, InvalidArgumentError, "a folder that does not exist"),
         ({"path": Path()}, InvalidArgumentError, "got a folder; expected a file's name"),
-        ({"path": 3}, InvalidTypeError, "got a int; expected the path of a file"),
+        ({"path": 3}, InvalidTypeError, "got an int; expected the path of a file"),
     ],
 )
 def test_bad_argument__is_refused_before_any_product(

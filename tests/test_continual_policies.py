@@ -414,7 +414,7 @@ CONVERSIONS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tupl
     "no batch size": (converting(1.0, "avalanche", **RAW), InvalidArgumentError, ("batch_size=None",)),
     "no examples": (converting(1.0, average="sum", **RAW), InvalidArgumentError, ("examples=None",)),
     "no fisher": (converting(1.0, normalize="trace"), InvalidArgumentError, ("without fisher=", "normalize=None")),
-    "no operator": (converting(1.0, fisher=3), InvalidTypeError, ("a int",)),
+    "no operator": (converting(1.0, fisher=3), InvalidTypeError, ("an int",)),
     "a sum": (lambda: convert_strength(1.0, fisher=fk.EmpiricalFisher(mlp(), (XS, YS), normalization="sum")),
         InvalidArgumentError, ('normalization="sum"',)),
     "a multiple": (lambda: convert_strength(1.0, fisher=fk.operators.normalize(fk.EmpiricalFisher(mlp(), (XS, YS)))),

@@ -321,7 +321,7 @@ def test_estimators__refuse_what_is_no_operator_or_generator(call: str) -> None:
     operator: Any = torch.eye(D)
     with pytest.raises(InvalidTypeError, match=rf"{call}: got a Tensor as operator; .*matvec"):
         CALLS[call](operator)
-    with pytest.raises(InvalidTypeError, match=rf"{call}: got a int as generator"):
+    with pytest.raises(InvalidTypeError, match=rf"{call}: got an int as generator"):
         CALLS[call](symmetric(SPECTRA["full"]), generator=3)
 
 

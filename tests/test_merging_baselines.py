@@ -324,7 +324,7 @@ def test_line_search__losses_that_are_not_finite_are_the_largest() -> None:
 
 def test_line_search__errors_of_models_name_it() -> None:
     start, end = ends()
-    with pytest.raises(fk.InvalidTypeError, match="line_search, model 2: got a int"):
+    with pytest.raises(fk.InvalidTypeError, match="line_search, model 2: got an int"):
         line_search(start, 3, squares(end))
     with pytest.raises(fk.InvalidArgumentError, match=r'line_search\(mismatched="refuse"\): got entries'):
         line_search(start, {}, squares(end))

@@ -336,8 +336,8 @@ def test_merge__refuses_models_and_fishers_that_do_not_belong_together() -> None
         ([], [], fk.InvalidArgumentError, "no models"),
         (a, [f], fk.InvalidTypeError, "models of type dict"),
         ([a, b], f, fk.InvalidTypeError, "fishers of type DiagonalOperator"),
-        ([a, 3], [f, f], fk.InvalidTypeError, "model 2: got a int"),
-        ([a, b], [f, 3], fk.InvalidTypeError, "Fisher 2: got a int"),
+        ([a, 3], [f, f], fk.InvalidTypeError, "model 2: got an int"),
+        ([a, b], [f, 3], fk.InvalidTypeError, "Fisher 2: got an int"),
         ([a, {"w": 3}], [f, f], fk.InvalidTypeError, "no named tensors"),
         (
             [a, b],

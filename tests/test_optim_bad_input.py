@@ -164,8 +164,8 @@ def step_of(value: Any) -> None:
 NAN = float("nan")
 GROUPS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[str, ...]]] = {
     "a loss": (lambda: step_of(None), InvalidTypeError, ("Gradient.step: got a Tensor as closure", "backward()")),
-    "a number": (lambda: step_of(3), InvalidTypeError, ("got a int as closure",)),
-    "no group": (lambda: add(3), InvalidTypeError, ("NaturalGradient.add_param_group: got a int", '"params"')),
+    "a number": (lambda: step_of(3), InvalidTypeError, ("got an int as closure",)),
+    "no group": (lambda: add(3), InvalidTypeError, ("NaturalGradient.add_param_group: got an int", '"params"')),
     "a list": (lambda: add([nn.Parameter(torch.ones(1))]), InvalidTypeError, ("got a list", '"params"')),
     "no parameters": (lambda: add({}), InvalidTypeError, ("params of type NoneType",)),
     "a number of parameters": (lambda: add({"params": 3}), InvalidTypeError, ("params of type int",)),

@@ -143,10 +143,10 @@ CASES: dict[str, tuple[Callable[[int, str], Any], str]] = {
             ("text and a sum", lambda f, _, r: ("x" if r else f) + f, "'x'"),
             ("a sum with others", lambda f, _, r: f + (others(f) if r else f), "different parameters"),
             ("a form of nothing", lambda f, v, r: f.quadratic_form({} if r else v), "missing names"),
-            ("a form of a number", lambda f, v, r: f.quadratic_form(3 if r else v), "a int"),
+            ("a form of a number", lambda f, v, r: f.quadratic_form(3 if r else v), "an int"),
             ("a form of names", lambda f, v, r: f.quadratic_form(f.space.unflatten(v) | dict([("no", v)] * r)), "'no'"),
             ("no draws", lambda f, _, r: f.factorize(0.1).sample(None, 1 - r), "n=0"),
-            ("draws by seed", lambda f, _, r: f.factorize(0.1).sample(0 if r else None), "a int as generator"),
+            ("draws by seed", lambda f, _, r: f.factorize(0.1).sample(0 if r else None), "an int as generator"),
         )
     },
     "eigenvalues": (lambda r, _: ask(r, "kfac", lambda f, v, r: f.eigenvalues(2 + r)), "something else"),

@@ -256,7 +256,7 @@ def test_retrain__refuses_a_likelihood_that_does_not_say_its_loss() -> None:
         def gradient(self, z: Tensor, target: Tensor) -> Tensor:
             return (z - target).clamp(-1, 1)
 
-    with pytest.raises(fk.errors.InvalidArgumentError, match="a Own as likelihood"):
+    with pytest.raises(fk.errors.InvalidArgumentError, match="an Own as likelihood"):
         retrain(mlp, *halves(X, random(N + Q, 3)), MASKS, SGD, likelihood=Own())
 
 
