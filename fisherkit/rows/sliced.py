@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherkit.rows.base import RowSelection, UnitRows
 from fisherkit.rows.factored import FactoredRows
-from fisherkit.rows.ownership import Owned
+from fisherkit.rows.ownership import Arrangement, Owned, Regular
 
 Part = tuple[Tensor, FactoredRows]
 """Which rows use a slice, and these over it."""
@@ -40,16 +40,24 @@ class SlicedRows(UnitRows):
 
         ``cache`` has inputs by slice, of other vectors of the same positions.
         """
-        keep = selection.keep
+        keep, key, start = selection.keep, index * selection.batch + owner, 0
+        counts = torch.bincount(key, minlength=slices * selection.batch).reshape(slices, -1)
+        numbers = {one: number for one, number in enumerate(counts.sum(1).tolist()) if number}
+        order = key.argsort(stable=True)
+        if not bool((order[1:] > order[:-1]).all()):  # else by slice and example already
+            a, g, owner = a if numbers.keys() <= cache.keys() else a[order], g[:, order], owner[order]
         parts = {}
-        for one in index.unique().tolist():
-            at = (index == one).nonzero().squeeze(1)
-            examples, own = owner[at].unique(return_inverse=True)
-            by_example = Owned(own, len(examples))
+        for one, number in numbers.items():
+            at, examples = slice(start, start + number), counts[one].nonzero().squeeze(1)
+            start += number
+            each = number // len(examples)
+            place: Arrangement = Regular(len(examples), each)
+            if not torch.equal(counts[one, examples], torch.full_like(examples, each)):
+                place = Owned(torch.searchsorted(examples, owner[at]), len(examples))
             some = RowSelection(len(g), len(examples), selection.device, None if keep is None else keep[examples])
             if one not in cache:
-                cache[one] = by_example.arranged(a[None, at, None]).squeeze(0)
-            gradients = some.take(by_example.arranged(g[:, at].unsqueeze(2)))
+                cache[one] = place.arranged(a[None, at, None]).squeeze(0)
+            gradients = some.take(place.arranged(g[:, at].unsqueeze(2)))
             rows = torch.isin(selection.owner, examples).nonzero().squeeze(1)
             parts[one] = rows, FactoredRows(cache[one], gradients, some.example, bias=False, transposed=transposed)
         none = FactoredRows(

@@ -327,9 +327,12 @@ class SlicedUnit(RuledUnit):
             inputs.append(use.rule.activations(use)[:].flatten(0, 1))
             index.append(use.slices.expand(use.lead).flatten().repeat_interleave(each))
             owner.append(one.owners(g.shape[1]).to(v.device).repeat_interleave(each))
-        g, a, which, whose = torch.cat(arrived, 1), torch.cat(inputs), torch.cat(index), torch.cat(owner)
-        some = ((which >= 0) & (whose >= 0)).nonzero().squeeze(1)
-        g, a, which, whose = g[:, some], a[some], which[some], whose[some]
+        which, whose = torch.cat(index), torch.cat(owner)
+        g, a = (torch.cat(arrived, 1), torch.cat(inputs)) if len(own) > 1 else (arrived[0], inputs[0])
+        used = (which >= 0) & (whose >= 0)
+        if not bool(used.all()):
+            some = used.nonzero().squeeze(1)
+            g, a, which, whose = g[:, some], a[some], which[some], whose[some]
         if pulled.scale is not None:
             g = g * pulled.scale[:, whose, 0]
         use = self._restricted(uses[own[0]])
