@@ -132,6 +132,12 @@ def data(size: int = 24) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 16, generator=generator), torch.randint(10, (size,), generator=generator)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("rows.differentiable", "optim.watch"):
+        monkeypatch.setattr(f"fisherkit.{module}.COMPILER", "no module")
+
+
 def counted(model: nn.Module, batches: Any, structure: str) -> Kernels:
     """Of a build on a known model, without the forward and the backward pass of a plain gradient."""
     fk.EmpiricalFisher(model, batches, structure=structure)

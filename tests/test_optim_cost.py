@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from tests.test_fixed_cost import Kernels, data, perceptron
+from tests.test_fixed_cost import Kernels, data, nothing_compiled, perceptron  # noqa: F401  a fixture
 
 STEPS: dict[str, Callable[[nn.Module], Any]] = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), 0.01),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from fisherkit.rows.differentiable import HOOKS_FIRE, OWN_PASS
+from fisherkit.rows.differentiable import COMPILER, HOOKS_FIRE, OWN_PASS, Uncompiled
 from fisherkit.rows.record import Recorder
 
 Begins: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Recorder | None]
@@ -102,6 +102,9 @@ class Watch:
         recorder = begins(args, kwargs)
         if recorder is not None:
             self._active.append(recorder)
+            if COMPILER in sys.modules:
+                recorder.uncompiled = True
+                Uncompiled.begin()
             recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, output: Any) -> None:
@@ -142,8 +145,10 @@ class _Hook:
         return _Hook, (None, self._before)  # a copy or a file of the model has hooks that do nothing
 
 
-def leave(mode: TorchFunctionMode) -> None:
+def leave(mode: Recorder) -> None:
     """Take a mode off the stack, wherever in it: modes are not always left in the order in which they were entered."""
+    if mode.uncompiled:
+        Uncompiled.end()
     above: list[TorchFunctionMode] = []
     for _ in _get_current_function_mode_stack():
         top = _pop_mode()

@@ -7,13 +7,14 @@ gradients in half precision away from underflow and overflow. Knows no rows.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,9 @@ from fisherkit.arithmetic import at_least_single
 
 OWN_PASS: ContextVar[bool] = ContextVar("OWN_PASS", default=False)
 """Whether the package itself is calling the model, so that who watches the user's calls can tell."""
+
+COMPILER = "torch._dynamo"
+"""The module that has been imported where anything was compiled."""
 
 TARGETS = (8, 0, -8)
 """Binary exponents of the largest entry that a vector goes with, in the order in which they are tried."""
@@ -41,13 +45,36 @@ _SMALL = 1 << 20
 """Entries up to which integers may be counters or caches; more are quantized weights, which are only read."""
 
 
+class Uncompiled:
+    """`torch.compile` does nothing between `begin` and `end`: what a pass is watched by would be compiled, in seconds.
+
+    Passes end in any order; the last one puts the user's stance back.
+    """
+
+    _passes: ClassVar[list[Any]] = []
+
+    @classmethod
+    def begin(cls) -> None:
+        """Begin a pass; not worth a call where nothing was ever compiled, and `COMPILER` is not imported."""
+        cls._passes.append(None if cls._passes else torch.compiler.set_stance("force_eager"))
+
+    @classmethod
+    def end(cls) -> None:
+        """End a pass that `begin` began."""
+        stance = cls._passes.pop()
+        if stance is not None:
+            stance.__exit__(None, None, None)
+
+
 @contextmanager
 def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradients on, frozen parameters differentiable, attention's fused inference kernel off; all put back after.
 
-    Reentrant checkpoints run plainly: their graph hides the parameters inside.
+    Reentrant checkpoints run plainly: their graph hides the parameters inside; so do compiled parts.
     """
-    token = OWN_PASS.set(True)
+    token, eager = OWN_PASS.set(True), COMPILER in sys.modules
+    if eager:
+        Uncompiled.begin()
     flags = [p.requires_grad for p in parameters]
     fast = torch.backends.mha.get_fastpath_enabled()
     warnings.filters.insert(0, HOOKS_FIRE)  # type: ignore[attr-defined]  # catch_warnings would show others anew
@@ -62,6 +89,8 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
         if HOOKS_FIRE in warnings.filters:  # which a model may have reset
             warnings.filters.remove(HOOKS_FIRE)  # type: ignore[attr-defined]
         OWN_PASS.reset(token)
+        if eager:
+            Uncompiled.end()
         torch.backends.mha.set_fastpath_enabled(fast)
         for p, flag in zip(parameters, flags, strict=True):
             if p.requires_grad != flag:

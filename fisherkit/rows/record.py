@@ -93,6 +93,7 @@ class Recorder(TorchFunctionMode):
         casts: whether a module was cast in place, which ``torch.func`` does not survive.
         packed: whether tensors were kept for a backward pass by someone's code, as by checkpoints, which it then runs.
         muted: while positive, nothing is noted: passes of others that run in the middle of the one that is watched.
+        uncompiled: whether the pass is the user's and ends one of `Uncompiled`.
         tracker: what followed the batch axis.
     """
 
@@ -106,7 +107,7 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.outside_rules: set[str] = set()
         self.without_graph: set[str] = set()
-        self.random = self.casts = self.packed = False
+        self.random = self.casts = self.packed = self.uncompiled = False
         self.coarsest = torch.float64
         self.muted = 0
         self._hooks = RemovableHandle.next_id
