@@ -127,7 +127,7 @@ class Builder:
     def __init__(
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
         weights: Callable[[], str], max_rows: int | None = None, storage: str = "auto",
-        kept: torch.dtype | None = None, shard: bool = False,
+        kept_dtype: torch.dtype | None = None, shard: bool = False,
     ) -> None:  # fmt: skip
         self.normalization, self.storage, self.weights = normalization, storage, weights
         self.rows_made: Callable[[Built], object] = id
@@ -139,7 +139,7 @@ class Builder:
         self.budget = min(self.processes.gathered(self.budget))  # what is decided by it must be decided alike
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
-            "processes": self.processes, "kept": kept, "expected": problem.source.expected,
+            "processes": self.processes, "kept_dtype": kept_dtype, "expected": problem.source.expected,
         }  # fmt: skip
         self.problem, self.folds = problem, not reduce
         self.counted: list[Tally] = []
@@ -609,7 +609,7 @@ class Builder:
         plan = self.problem.plan
         units = [unit for unit in plan.units if unit.names[0] in names]
         rules = {plan.rule_name(unit) for unit in units}
-        reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
+        reason = "; ".join(filter(None, (units[0].reason if part.of_rows else "", part.reason)))
         return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.nbytes, reason)
 
 

@@ -237,7 +237,7 @@ def test_text__says_which_blocks_have_no_closed_form(path: Path) -> None:
     assert "Eigenvalues: none in closed form for 2 of 4 blocks, because its parts do not share eigenv" in result.stdout
     found = json.loads(show(path, "--json").stdout)
     assert found["eigenvalues"] is None
-    assert {layer["kind"] for layer in found["layers"]} == {"sum", "dense", "diagonal"}
+    assert {layer["block"] for layer in found["layers"]} == {"sum", "dense", "diagonal"}
 
 
 @pytest.mark.parametrize("structure", ["full", "block", "kfac"])
@@ -252,7 +252,7 @@ def test_text__says_when_a_decomposition_would_take_too_long(
 
 def test_text__a_block_of_several_layers_is_joint(path: Path) -> None:
     fk.EmpiricalFisher(mlp(), (X, Y), structure="full").save(path)
-    assert {layer["kind"] for layer in json.loads(show(path, "--json").stdout)["layers"]} == {"low_rank, joint"}
+    assert {layer["block"] for layer in json.loads(show(path, "--json").stdout)["layers"]} == {"low_rank, joint"}
 
 
 def test_zero__has_shares_of_zero(path: Path) -> None:

@@ -252,7 +252,7 @@ class ModelRows:
             "token": token,
         }
 
-    def kept(self, blocks: RowBlocks) -> RowBlocks:
+    def held(self, blocks: RowBlocks) -> RowBlocks:
         """The same made once, if memory has room for all rows beside the rest."""
         if not isinstance(blocks, LiveBlocks):
             return blocks

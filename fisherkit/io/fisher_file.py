@@ -46,14 +46,14 @@ class State:
     """What an operator needs to come back: a tree of named tensors and plain options.
 
     Args:
-        kind: the operator's registered name.
+        tag: the operator's registered name.
         names: the parameters it acts on, in flat order.
         tensors: its tensors.
         options: JSON-compatible settings.
         children: the states of the operators it is made of.
     """
 
-    kind: str
+    tag: str
     names: tuple[str, ...]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Place:
 class Node:
     """A `State` whose tensors are still in the file: ``places`` says where each of them lies."""
 
-    kind: str
+    tag: str
     names: tuple[str, ...]
     places: dict[str, Place]
     options: dict[str, Any]
@@ -114,12 +114,12 @@ class Node:
     def state(self, read: Callable[[Place], Tensor]) -> State:
         """The state that it describes, whose tensors a function reads."""
         tensors = {role: read(place) for role, place in self.places.items()}
-        return State(self.kind, self.names, tensors, self.options, tuple(child.state(read) for child in self.children))
+        return State(self.tag, self.names, tensors, self.options, tuple(child.state(read) for child in self.children))
 
     def to_json(self) -> dict[str, Any]:
         """The tree as JSON, as a header has it."""
         return {
-            "kind": self.kind,
+            "kind": self.tag,
             "names": list(self.names),
             "tensors": {role: place.to_json() for role, place in self.places.items()},
             "options": self.options,
@@ -129,11 +129,11 @@ class Node:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Node:
         """The inverse of `to_json`; LookupError, TypeError, ValueError or AttributeError for anything else."""
-        kind, names = tree["kind"], tree["names"]
-        if not (isinstance(kind, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise TypeError(f"an operator of kind {kind!r} over {names!r}")
+        tag, names = tree["kind"], tree["names"]
+        if not (isinstance(tag, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"an operator of the tag {tag!r} over {names!r}")
         return cls(
-            kind, tuple(names), {role: Place.from_json(place) for role, place in tree["tensors"].items()},
+            tag, tuple(names), {role: Place.from_json(place) for role, place in tree["tensors"].items()},
             tree["options"], tuple(cls.from_json(child) for child in tree["children"]),
         )  # fmt: skip
 
@@ -154,7 +154,7 @@ def pack(state: State, largest: int | None, prefix: str = "") -> tuple[Node, dic
         node, below = pack(child, largest, f"{prefix}{i}.")
         children.append(node)
         tensors.update(below)
-    return Node(state.kind, state.names, places, state.options, tuple(children)), tensors
+    return Node(state.tag, state.names, places, state.options, tuple(children)), tensors
 
 
 # -- the format --------------------------------------------------------------------------------------------------------

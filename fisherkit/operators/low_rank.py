@@ -25,9 +25,9 @@ from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import (
     Factorization,
     IterativeFactorization,
-    Part,
     RowProducts,
     RowSolution,
+    UnitSummand,
     diagonal_inverse,
 )
 from fisherkit.operators.linalg import orthonormal, singular, spectrum
@@ -419,7 +419,7 @@ class _GramSolution(RowSolution):
         self._by, self._queries = by, queries.written_out()
         self._w = by.scale * by._solve(by.rows.cross_gram(queries, by.precise))
 
-    def parts(self, rows: Rows) -> Iterator[Part]:
+    def parts(self, rows: Rows) -> Iterator[UnitSummand]:
         by, rows = self._by, self._by._in_own_dtype(rows).written_out()
         with_queries = rows.cross_gram_by_unit(self._queries, by.precise)
         with_rows = rows.cross_gram_by_unit(by.rows, by.precise)

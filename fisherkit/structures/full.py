@@ -150,5 +150,5 @@ class Full(RowStructure):
         parts: Parts = {}
         for slot in rows.slots:
             own = self.by_rows(rows.part(slot.names), operator.scale)
-            parts[slot.names] = Part.of(own, f"full, {slot.rows.form} rows", note, kept=True)
+            parts[slot.names] = Part.of(own, f"full, {slot.rows.form} rows", note, of_rows=True)
         return parts
