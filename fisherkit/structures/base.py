@@ -206,6 +206,8 @@ class Structure(ABC):
     """Whether the operator's numbers can be kept in a coarser dtype than they are added up in."""
     has_eigenbases: ClassVar[bool] = False
     """Whether the operator answers `eigenbases`, of layers with factors at least."""
+    of_all_rows: ClassVar[bool] = False
+    """Whether it is F itself between the parameters of each block, so that rows made for one such structure serve all."""
     passes: ClassVar[int] = 1
     """Over the rows, about."""
     instead: ClassVar[str] = "params= to choose fewer parameters"

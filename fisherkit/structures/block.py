@@ -79,7 +79,7 @@ class Block(RowStructure):
     name = "block"
     meaning = "one exact block a module, nothing between modules"
     instead = 'structure="kfac" or "diagonal"'
-    in_parts = True
+    in_parts = of_all_rows = True
 
     @property
     def groups(self) -> tuple[Names, ...]:

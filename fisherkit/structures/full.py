@@ -90,6 +90,7 @@ class Full(RowStructure):
 
     name = "full"
     meaning = "the whole matrix by its rows, JᵀJ/N; solved through the rows' Gram matrix"
+    of_all_rows = True
 
     @property
     def instead(self) -> str:  # type: ignore[override]
