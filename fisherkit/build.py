@@ -392,7 +392,7 @@ class Builder:
             if not structure.own and operator.nbytes > self.budget >= structure.bytes(self.problem):
                 raise MemoryBudgetError(
                     f'structure="{structure.name}"', f"an operator of {readable(operator.nbytes)}",
-                    f"at most memory_budget = {readable(self.budget)}",
+                    f"at most {readable(self.budget)}, the memory budget",
                     why=f"the structure's `bytes` said {readable(structure.bytes(self.problem))}",
                     try_="`bytes` of the structure's own class",
                 )  # fmt: skip
@@ -602,7 +602,7 @@ class Builder:
             try_ += ", or fk.build_file, which writes part after part to a file"
         raise MemoryBudgetError(
             f'structure="{structure.name}"', f"a need of {readable(needed)}{of}",
-            f"at most memory_budget = {readable(self.budget)}", why=why, try_=f"{try_}, or a larger memory_budget",
+            f"at most {readable(self.budget)}, the memory budget", why=why, try_=f"{try_}, or a larger memory_budget=",
         )  # fmt: skip
 
     def _entry(self, names: tuple[str, ...], part: Part) -> CoverageEntry:

@@ -525,8 +525,8 @@ def _changed(number: int, origin: str) -> DataError:
     return DataError(
         f"data, batch {number}", "data that change between passes: other examples than before, or in another order",
         "the same in every pass", why="this is computed in several passes over the data, whose results belong together",
-        try_="list(data), which keeps what was drawn; a data set without random augmentation, shuffle=False; or, of a "
-        'full Fisher, storage="rows" or a larger memory_budget, with which one pass is enough',
+        try_="list(data), which keeps what was drawn; a data set without random augmentation, not shuffled; a larger "
+        'memory_budget=, or storage="rows" of a full Fisher, with which one pass is enough',
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from fisherkit.io.tensors import (
     INDEX_SUFFIX,
     SUFFIX,
     UNREADABLE,
+    WRITER,
     damaged,
     files_of_index,
     forms_of,
@@ -310,7 +311,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     path = as_path(path, call)
     found = path if path.is_file() or not path.name else index_of(path)
     if not found.is_file():
-        raise MissingFileError(call, "no such file", "one written by fisher.save", try_="check the path")
+        raise MissingFileError(call, "no such file", f"one written by {WRITER}", try_="check the path")
     indexed = found.name.endswith(INDEX_SUFFIX)
     try:
         save = _stamp(found)
@@ -334,7 +335,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     except (*UNREADABLE, AttributeError) as error:
         if pickled(found):
             raise FileFormatError(
-                call, f"{found.name}, a file of torch.save or pickle", "one written by fisher.save",
+                call, f"{found.name}, a file of torch.save or pickle", f"one written by {WRITER}",
                 try_="torch.load, for what torch.save wrote; fisher.save(path) keeps a Fisher",
             ) from error  # fmt: skip
         # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
@@ -358,7 +359,7 @@ def _check_format(header: Mapping[str, str], indexed: bool, call: str) -> None:
         )  # fmt: skip
     if form != FORMAT:
         got = "an index of something else" if indexed else "a safetensors file of another kind"
-        raise FileFormatError(call, got, "one written by fisher.save", try_="check the path")
+        raise FileFormatError(call, got, f"one written by {WRITER}", try_="check the path")
     if not 1 <= (version := int(header["version"])) <= SHARDED_VERSION:
         got, expected = f"format version {version}", f"at most {SHARDED_VERSION}"
         raise FileFormatError(call, got, expected, try_="a newer fisherkit")

@@ -242,7 +242,7 @@ def _check_some(merged: Sequence[object], call: str) -> None:
     if not merged:
         raise InvalidArgumentError(
             call, "no parameter that all models and Fishers share", "at least one to merge",
-            try_="fk.merging.average(models)",
+            try_="their plain average, which needs no Fisher",
         )  # fmt: skip
 
 
@@ -486,7 +486,8 @@ def _measured(fisher: Callable[..., FisherOperator], model: nn.Module, data: Dat
     except FisherkitError as error:
         if fisher is not IEF_KFAC or "likelihood=" not in error.try_:
             raise
-        advice = f'fisher=functools.partial(fk.ImprovedEmpiricalFisher, structure="kfac", likelihood=...), with {error.try_}'
+        default = 'fisher=functools.partial(fk.ImprovedEmpiricalFisher, structure="kfac", likelihood=...)'
+        advice = f"{default}, with {error.try_}"
         raise type(error)(error.call, error.got, error.expected, why=error.why, try_=advice) from error
 
 

@@ -250,7 +250,7 @@ class LowRankOperator(FisherOperator):
 
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
-            why, try_ = "its rows are streamed from the data and lie nowhere", ", or a larger memory_budget"
+            why, try_ = "its rows are streamed from the data and lie nowhere", ", or a larger memory_budget="
             if self.row_source.in_memory:
                 why, try_ = "every process has rows of its own", ", or group=False and all data"
             raise self._no_closed_form("save", why, 'structure="kfac" or "diagonal"' + try_)
@@ -274,8 +274,8 @@ class LowRankOperator(FisherOperator):
             raise MemoryBudgetError(
                 f"{self._name}.{operation}",
                 f"a {letter} × {letter} matrix of {readable(needed)} with {letter} = {side:,}",
-                f"at most memory_budget = {readable(self.memory_budget)}",
-                try_="fisher.matvec and fk.estimators, which need no square matrix, or a larger memory_budget",
+                f"at most {readable(self.memory_budget)}, the memory budget",
+                try_="fisher.matvec and fk.estimators, which need no square matrix, or a larger memory_budget=",
             )  # fmt: skip
 
 

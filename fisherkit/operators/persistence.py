@@ -12,6 +12,7 @@ from typing import Any
 
 from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.io.tensors import WRITER
 from fisherkit.operators.base import FisherOperator, Makers
 from fisherkit.space import ParameterSpace
 
@@ -27,7 +28,7 @@ def parts_fit(call: str) -> Iterator[None]:
         if isinstance(error, FileFormatError) and error.call == call:
             raise
         raise FileFormatError(
-            call, f"a file whose parts do not make an operator ({error})", "one written by fisher.save",
+            call, f"a file whose parts do not make an operator ({error})", f"one written by {WRITER}",
             why="each structure checks its own tensors when it is restored", try_="save it again",
         ) from error  # fmt: skip
 

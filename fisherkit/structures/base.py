@@ -207,7 +207,7 @@ class Structure(ABC):
     has_eigenbases: ClassVar[bool] = False
     """Whether the operator answers `eigenbases`, of layers with factors at least."""
     of_all_rows: ClassVar[bool] = False
-    """Whether it is F itself between the parameters of each block, so that rows made for one such structure serve all."""
+    """Whether it is F itself between the parameters of a block: rows made for one such structure serve all of them."""
     passes: ClassVar[int] = 1
     """Over the rows, about."""
     instead: ClassVar[str] = "params= to choose fewer parameters"
