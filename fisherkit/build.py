@@ -19,12 +19,12 @@ from fisherkit.arithmetic import may_overflow, overflow
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, NonFiniteError, listed, warn
-from fisherkit.memory import LiveBytes, available_memory, readable
+from fisherkit.memory import LiveBytes, available_memory
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator, state_of
 from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import check_finite, checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.progress import duration, say
+from fisherkit.progress import say
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
@@ -35,6 +35,7 @@ from fisherkit.rows.streamed import FEWEST, LaterRows, StreamedRows, matrix_free
 from fisherkit.rows.verified import fingerprint, remember
 from fisherkit.space import ParameterSpace, infinite
 from fisherkit.structures import Names, Part, Parts, Structure, Sums
+from fisherkit.words import duration, readable
 
 MANY = 64
 """Output vectors an example from which on a run's cost is told before it."""

@@ -30,9 +30,9 @@ from typer.models import OptionInfo
 from fisherkit import io
 from fisherkit.errors import FisherkitError, InvalidArgumentError, MissingPackageError, listed
 from fisherkit.kinds import KINDS
-from fisherkit.memory import readable
 from fisherkit.processes import world_size
-from fisherkit.progress import duration, in_lines
+from fisherkit.progress import in_lines
+from fisherkit.words import duration, readable
 
 # -- the package's words in a command's --------------------------------------------------------------------------------
 

@@ -21,14 +21,14 @@ from torch import Tensor
 from fisherkit import io, merging
 from fisherkit.cli.command import expect, make_folder, require
 from fisherkit.cli.options import REQUIRED, AsJson, MaxShardSize, Overwrite, argument, choice, option
-from fisherkit.cli.text import WIDTH, number, pairs, progress, table
+from fisherkit.cli.text import WIDTH, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
 from fisherkit.evaluation import audit
 from fisherkit.io import replace_text, replacing
-from fisherkit.memory import readable
 from fisherkit.merging.export import UNCOVERED
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import FisherOperator, load, open_file
+from fisherkit.words import number, readable
 
 SHOWN = 10
 """How many of the largest eigenvalues ``fisherkit show`` prints as text; the JSON has `KEPT` of them."""

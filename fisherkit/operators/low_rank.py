@@ -18,7 +18,6 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.arithmetic import MatMat
 from fisherkit.errors import MemoryBudgetError
-from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.damped_gram import PRECISE, DampedGram, damped_cholesky, damped_grams, rounding_of
 from fisherkit.operators.dense import DenseOperator
@@ -38,6 +37,7 @@ from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, every_kth
 from fisherkit.space import ParameterSpace
+from fisherkit.words import readable
 
 UNBOUNDED = 1 << 62
 """A memory budget that nothing exceeds."""
