@@ -264,10 +264,10 @@ def _products(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, Pr
 
 def _of_layer(layer: Any) -> dict[str, Product] | str:
     """The products of one layer, by "weight" and "bias"; or why it has none."""
-    kind, base = type(layer), layer.base_layer
-    if not kind.__module__.startswith("peft.tuners.lora.") or not hasattr(layer, "scaling"):
-        return f"a {kind.__name__} of {kind.__module__}, not of LoRA"
-    embeds = kind.__name__ == "Embedding"
+    cls, base = type(layer), layer.base_layer
+    if not cls.__module__.startswith("peft.tuners.lora.") or not hasattr(layer, "scaling"):
+        return f"a {cls.__name__} of {cls.__module__}, not of LoRA"
+    embeds = cls.__name__ == "Embedding"
     has = layer.lora_embedding_A if embeds else layer.lora_A
     active = [adapter for adapter in layer.active_adapters if adapter in has]
     variants = {adapter: getattr(layer, "lora_variant", {}).get(adapter) for adapter in active}
@@ -275,11 +275,11 @@ def _of_layer(layer: Any) -> dict[str, Product] | str:
         names = [type(v).__name__ for v in variants.values() if v] or ["DoRA"]
         return f"{', '.join(names)}: what it does to W is no product, but depends on W or on the input"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if kind.__module__ != "peft.tuners.lora.layer" or kind.__name__ not in CLASSES or weight is None:
-        return f"a {kind.__name__} of {kind.__module__} around a {type(base).__name__}"
+    if cls.__module__ != "peft.tuners.lora.layer" or cls.__name__ not in CLASSES or weight is None:
+        return f"a {cls.__name__} of {cls.__module__} around a {type(base).__name__}"
     if not weight.is_floating_point():
         return f"a quantised weight of {weight.dtype}, which has no value to be moved"
-    if kind.__name__.startswith("Conv") and (
+    if cls.__name__.startswith("Conv") and (
         base.groups > 1 or set(base.dilation) != {1} or base.padding_mode != "zeros"
     ):
         return "a convolution with groups, dilation or padded otherwise than by zeros, which the adapters' is not"

@@ -53,17 +53,17 @@ def check_number(
     """
     if optional and value is None:
         return None
-    kind, none = "an integer" if integer else "a number", "or None" if optional else ""
+    noun, none = "an integer" if integer else "a number", "or None" if optional else ""
     if not (is_integer(value) if integer else is_number(value)):
-        raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", f"{kind} {none}".strip(), **advice)
+        raise InvalidTypeError(call, f"{name} of type {type(value).__name__}", f"{noun} {none}".strip(), **advice)
     inside = (least < value if above else least <= value) and (value < most if below else value <= most)
     if not (inside and (integer or abs(value) <= LARGEST)):
         if most < math.inf:
             span = f" {'above' if above else 'from'} {least:g} {'and' if above else 'to'} {'below ' * below}{most:,}"
         else:
-            kind = kind if integer else "a finite number"
+            noun = noun if integer else "a finite number"
             span = f" above {least:g}" if above else f", {least:g} or more" if least > -math.inf else ""
-        raise InvalidArgumentError(call, f"{name}={shown(value)}", kind + span + f", {none}" * optional, **advice)
+        raise InvalidArgumentError(call, f"{name}={shown(value)}", noun + span + f", {none}" * optional, **advice)
     return value if integer else float(value)
 
 

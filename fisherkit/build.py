@@ -19,12 +19,12 @@ from fisherkit.arithmetic import may_overflow, overflow
 from fisherkit.coverage import Coverage, CoverageEntry
 from fisherkit.data import Batch
 from fisherkit.errors import DataError, MemoryBudgetError, NonFiniteError, listed, warn
-from fisherkit.memory import LiveBytes, available_memory, readable
+from fisherkit.memory import LiveBytes, available_memory
 from fisherkit.operators import BlockDiagonalOperator, FisherOperator, ShardedOperator, state_of
 from fisherkit.operators.composite import join
 from fisherkit.operators.linalg import check_finite, checked_before, checked_together
 from fisherkit.operators.low_rank import LowRankOperator
-from fisherkit.progress import duration, say
+from fisherkit.progress import say
 from fisherkit.rows.chunks import Chunk
 from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.factored import FactoredRows
@@ -35,6 +35,7 @@ from fisherkit.rows.streamed import FEWEST, LaterRows, StreamedRows, matrix_free
 from fisherkit.rows.verified import fingerprint, remember
 from fisherkit.space import ParameterSpace, infinite
 from fisherkit.structures import Names, Part, Parts, Structure, Sums
+from fisherkit.words import duration, readable
 
 MANY = 64
 """Output vectors an example from which on a run's cost is told before it."""
@@ -127,7 +128,7 @@ class Builder:
     def __init__(
         self, problem: Problem, *, normalization: str, memory_budget: int | None, reduce: bool,
         weights: Callable[[], str], max_rows: int | None = None, storage: str = "auto",
-        kept: torch.dtype | None = None, shard: bool = False,
+        kept_dtype: torch.dtype | None = None, shard: bool = False,
     ) -> None:  # fmt: skip
         self.normalization, self.storage, self.weights = normalization, storage, weights
         self.rows_made: Callable[[Built], object] = id
@@ -139,7 +140,7 @@ class Builder:
         self.budget = min(self.processes.gathered(self.budget))  # what is decided by it must be decided alike
         self.settings = {
             "token": problem.token, "reduce": reduce, "max_rows": max_rows, "memory_budget": self.budget,
-            "processes": self.processes, "kept": kept, "expected": problem.source.expected,
+            "processes": self.processes, "kept_dtype": kept_dtype, "expected": problem.source.expected,
         }  # fmt: skip
         self.problem, self.folds = problem, not reduce
         self.counted: list[Tally] = []
@@ -392,7 +393,7 @@ class Builder:
             if not structure.own and operator.nbytes > self.budget >= structure.bytes(self.problem):
                 raise MemoryBudgetError(
                     f'structure="{structure.name}"', f"an operator of {readable(operator.nbytes)}",
-                    f"at most memory_budget = {readable(self.budget)}",
+                    f"at most {readable(self.budget)}, the memory budget",
                     why=f"the structure's `bytes` said {readable(structure.bytes(self.problem))}",
                     try_="`bytes` of the structure's own class",
                 )  # fmt: skip
@@ -602,14 +603,14 @@ class Builder:
             try_ += ", or fk.build_file, which writes part after part to a file"
         raise MemoryBudgetError(
             f'structure="{structure.name}"', f"a need of {readable(needed)}{of}",
-            f"at most memory_budget = {readable(self.budget)}", why=why, try_=f"{try_}, or a larger memory_budget",
+            f"at most {readable(self.budget)}, the memory budget", why=why, try_=f"{try_}, or a larger memory_budget=",
         )  # fmt: skip
 
     def _entry(self, names: tuple[str, ...], part: Part) -> CoverageEntry:
         plan = self.problem.plan
         units = [unit for unit in plan.units if unit.names[0] in names]
         rules = {plan.rule_name(unit) for unit in units}
-        reason = "; ".join(filter(None, (units[0].reason if part.kept else "", part.reason)))
+        reason = "; ".join(filter(None, (units[0].reason if part.of_rows else "", part.reason)))
         return CoverageEntry(names, ", ".join(sorted(rules)), part.structure, part.nbytes, reason)
 
 

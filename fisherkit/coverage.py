@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from fisherkit.memory import readable
+from fisherkit.words import readable
 
 
 @dataclass(frozen=True)

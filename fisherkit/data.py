@@ -531,8 +531,8 @@ def _changed(number: int, origin: str) -> DataError:
     return DataError(
         f"data, batch {number}", "data that change between passes: other examples than before, or in another order",
         "the same in every pass", why="this is computed in several passes over the data, whose results belong together",
-        try_="list(data), which keeps what was drawn; a data set without random augmentation, shuffle=False; or, of a "
-        'full Fisher, storage="rows" or a larger memory_budget, with which one pass is enough',
+        try_="list(data), which keeps what was drawn; a data set without random augmentation, not shuffled; a larger "
+        'memory_budget=, or storage="rows" of a full Fisher, with which one pass is enough',
     )  # fmt: skip
 
 
@@ -615,7 +615,7 @@ def _map_ends(tree: Any, function: Callable[[Any], Any]) -> Any:
         return values if isinstance(tree, list) else tuple(values)
     if isinstance(tree, Tensor) or not (isinstance(tree, Mapping) or _is_dataclass(tree)):
         return function(tree)
-    new = {name: _map_ends(value, function) for name, value in _fields_of(tree, kept=True).items()}
+    new = {name: _map_ends(value, function) for name, value in _fields_of(tree, whole=True).items()}
     if type(tree) is dict or (isinstance(tree, Mapping) and not isinstance(tree, (dict, UserDict))):
         return new
     made = copy.copy(tree)  # never made anew: a class of someone's own may want more than its fields, or change them
@@ -639,7 +639,7 @@ def _named_leaves(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         for place, value in enumerate(tree):
             yield from _named_leaves(value, f"{name}[{place}]")
     elif isinstance(tree, Mapping) or hasattr(tree, "_fields") or _is_dataclass(tree):
-        for key, value in _fields_of(tree, kept=True).items():
+        for key, value in _fields_of(tree, whole=True).items():
             yield from _named_leaves(value, f"{name}.{key}" if name else str(key))
 
 
@@ -647,14 +647,14 @@ def _is_dataclass(tree: Any) -> bool:
     return dataclasses.is_dataclass(tree) and not isinstance(tree, type)
 
 
-def _fields_of(tree: Any, *, kept: bool = False) -> dict[Any, Any]:
-    """The fields of a mapping, a named tuple or a dataclass; if ``kept``, with all other attributes of the last."""
+def _fields_of(tree: Any, *, whole: bool = False) -> dict[Any, Any]:
+    """The fields of a mapping, a named tuple or a dataclass; if ``whole``, with all other attributes of the last."""
     if isinstance(tree, Mapping):
         return dict(tree)
     if hasattr(tree, "_fields"):
         return {name: getattr(tree, name) for name in tree._fields}
     fields = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if hasattr(tree, f.name)}
-    return fields | getattr(tree, "__dict__", {}) if kept else fields
+    return fields | getattr(tree, "__dict__", {}) if whole else fields
 
 
 def _as_tensor(value: Any) -> Any:

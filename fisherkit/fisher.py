@@ -252,7 +252,7 @@ class _Asked(NamedTuple):
         )  # fmt: skip
         builder = Builder(
             problem, normalization=o.normalization, memory_budget=budget, reduce=o.kfac_positions == "reduce",
-            max_rows=o.max_rows, storage=o.storage, weights=lambda: hashes()[0], kept=o.dtype, shard=o.shard,
+            max_rows=o.max_rows, storage=o.storage, weights=lambda: hashes()[0], kept_dtype=o.dtype, shard=o.shard,
         )  # fmt: skip
         recorded = {
             "kind": rule.kind_name, "structure": o.structure, "examples": "", "rows": "",

@@ -21,15 +21,6 @@ RECENT = 0.05
 """Seconds within which what the system says of a processor's memory is asked once."""
 
 
-def readable(number: float) -> str:
-    """Bytes with the unit that fits."""
-    units = ["B", "kB", "MB", "GB"]
-    while number >= 1000 and len(units) > 1:
-        number /= 1000
-        del units[0]
-    return f"{number:.3g} {units[0]}"
-
-
 def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device now, as far as the system tells."""
     if device.type == "cuda":

@@ -45,14 +45,6 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def duration(seconds: float) -> str:
-    """Seconds with the unit that fits."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s"
-
-
 def beside(shown: Any, items: Iterable[Item]) -> Iterator[Item]:
     """The items, with a bar that goes when they end, however they end; telling it of them is the caller's."""
     with shown:

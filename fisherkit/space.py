@@ -100,7 +100,7 @@ class ParameterSpace:
             raise InvalidArgumentError(
                 "params", "no parameter" + (" that requires grad" if params is None else ""), "at least one",
                 why=f"the model has {len(available)} parameters and none was chosen",
-                try_="pass params=lambda name, parameter: True, or call requires_grad_(True) on what you want"
+                try_='params="*" for all, or requires_grad_(True) of what you want'
                 if available
                 else "",
             )  # fmt: skip

@@ -215,7 +215,7 @@ def rule_of(
     except (InvalidArgumentError, InvalidTypeError) as error:
         if not written:
             raise
-        why = f"the setting is {error.got}, not {error.expected}"
+        why = f"the setting must be {error.expected.removesuffix(', or None')}"
         raise InvalidArgumentError(call, f"kind={kind!r}", expected(), why=why) from error
 
 

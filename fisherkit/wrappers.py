@@ -31,7 +31,7 @@ PARALLEL = "module."
 
 def wrapped_in(model: nn.Module) -> str:
     """What the wrappers around a whole model put before every name; "" for a model that is not wrapped."""
-    inner = next((name for kind, name in _INNER if isinstance(model, kind)), None)
+    inner = next((name for cls, name in _INNER if isinstance(model, cls)), None)
     if inner is None and COMPILED in model._modules:
         inner = COMPILED
     return "" if inner is None else f"{inner}.{wrapped_in(getattr(model, inner))}"
@@ -57,10 +57,10 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)  # its import takes long
-    if kind is None or not kind.__subclasses__():  # of which every sharded module is one
+    cls = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)  # its import takes long
+    if cls is None or not cls.__subclasses__():  # of which every sharded module is one
         return []
-    return [module for module in model.modules() if isinstance(module, kind)]
+    return [module for module in model.modules() if isinstance(module, cls)]
 
 
 def reshard(model: nn.Module) -> list[Any]:

@@ -20,11 +20,12 @@ from typer.testing import CliRunner, Result
 import fisherkit as fk
 from fisherkit.cli import app, fisher_files
 from fisherkit.cli.scores_report import LARGEST, data_uri
-from fisherkit.cli.text import number, table
+from fisherkit.cli.text import table
 from fisherkit.evaluation import audit
 from fisherkit.kinds import KINDS
 from fisherkit.operators import unwrap
 from fisherkit.structures import structures
+from fisherkit.words import duration, number
 from tests import commands
 from tests.commands import run
 from tests.operator_cases import CASES, block_diagonal, diagonal, kronecker, total
@@ -123,6 +124,14 @@ def test_table__aligns_text_left_and_numbers_right() -> None:
 )
 def test_number__has_three_digits(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.123, "0.12 s"), (9.6, "9.6 s"), (45.6, "46 s"), (110, "110 s"), (120, "2 minutes"), (9000, "2.5 hours")],
+)
+def test_duration__has_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 # -- pictures in the page of ``fisherkit scores`` ----------------------------------------------------------------------
@@ -237,7 +246,7 @@ def test_text__says_which_blocks_have_no_closed_form(path: Path) -> None:
     assert "Eigenvalues: none in closed form for 2 of 4 blocks, because its parts do not share eigenv" in result.stdout
     found = json.loads(show(path, "--json").stdout)
     assert found["eigenvalues"] is None
-    assert {layer["kind"] for layer in found["layers"]} == {"sum", "dense", "diagonal"}
+    assert {layer["block"] for layer in found["layers"]} == {"sum", "dense", "diagonal"}
 
 
 @pytest.mark.parametrize("structure", ["full", "block", "kfac"])
@@ -252,7 +261,7 @@ def test_text__says_when_a_decomposition_would_take_too_long(
 
 def test_text__a_block_of_several_layers_is_joint(path: Path) -> None:
     fk.EmpiricalFisher(mlp(), (X, Y), structure="full").save(path)
-    assert {layer["kind"] for layer in json.loads(show(path, "--json").stdout)["layers"]} == {"low_rank, joint"}
+    assert {layer["block"] for layer in json.loads(show(path, "--json").stdout)["layers"]} == {"low_rank, joint"}
 
 
 def test_zero__has_shares_of_zero(path: Path) -> None:

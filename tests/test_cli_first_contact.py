@@ -197,24 +197,35 @@ FLAGS = {"damping": "--damping", "uncovered": "--uncovered", "overwrite": "--ove
         ('uncovered="average", or "first"', '--uncovered average, or "first"'),
         ('policy=MergePolicy(uncovered="average"), or "first"', '--uncovered average, or "first"'),
         ("damping=fk.RelativeDamping(1e-6), which leaves", "--damping 1e-6, which leaves"),
-        ("a larger damping, or fk.RelativeDamping(1e-6)", "a larger damping, or --damping 1e-6"),
+        ("damping > 0, or damping=fk.RelativeDamping(1e-6)", "damping > 0, or --damping 1e-6"),
         ("normalize=None for Fishers", "--normalize none for Fishers"),
         ("weights=[1.0, 1.0], which is the same", "--weights 1,1, which is the same"),
         ("weights=[N_1, N_2, ...]", "--weights N_1,N_2,..."),
         ("dtype=torch.float32, the dtype of the result", "--dtype float32, the dtype of the result"),
         ("Fishers built with the same params=, without", "Fishers built with the same --params, without"),
         ("another out=, or overwrite=True", "another --out, or --overwrite"),
-        ("Path('a b/c').mkdir(parents=True)", "mkdir -p 'a b/c'"),
-        ('structure="kfac" or "diagonal", or a larger memory_budget', '--structure kfac or "diagonal"'),
         ("fk.ExactFisher or fk.SampledFisher for unlabelled data", "--kind exact or --kind sf for unlabelled data"),
-        ("one of ['trace', 'norm', None]", "one of ['trace', 'norm', 'none']"),
-        ("a text, a pair of both, or None", "a text, a pair of both, or None"),
         ("model.eval()", "model.eval()"),
         ("max_wait=3, some_damping=2", "max_wait=3, some_damping=2"),
     ],
 )
 def test_flags__are_what_the_package_says_to_python(python: str, typed: str) -> None:
     assert in_flags(python, FLAGS) == typed
+
+
+@pytest.mark.parametrize(
+    ("python", "typed"),
+    [
+        ('structure="kfac" or "diagonal", or a larger memory_budget=', '--structure kfac or "diagonal"'),
+        ('storage="rows"; a larger one, or storage="stream", or weights=None', "a larger one, or --weights none"),
+        ('policy=MergePolicy(uncovered="average"), or "first"', '--uncovered average, or "first"'),
+        ("group=False", ""),
+    ],
+)
+def test_flags__only_ways_that_the_command_has_are_advised(python: str, typed: str) -> None:
+    error = fk.InvalidArgumentError("merge", "x", "a number, or None", try_=python)
+    said = f"fisherkit merge: got x; expected a number.{' Try: ' * bool(typed)}{typed}{'.' * bool(typed)}"
+    assert error_in_flags(error, "fisherkit merge", FLAGS) == said
 
 
 @pytest.mark.parametrize(

@@ -398,11 +398,12 @@ def test_scores__a_fisher_of_other_weights_is_refused(folder: Path) -> None:
     assert "not those that the Fisher was measured at" in run("scored_module:make", "--fisher", "f").stderr
 
 
-def test_scores__a_fisher_of_another_dtype_names_the_option(folder: Path) -> None:
+def test_scores__a_fisher_of_another_dtype_names_it(folder: Path) -> None:
     model, data, _ = parts()
     fk.EmpiricalFisher(model.float(), [(x.float(), y) for x, y in data], structure="kfac").save(folder / "f")
     said = " ".join(run("scored_module:make", "--fisher", "f").stderr.split())
-    assert "Try: --dtype float32 of a folder's weights" in said
+    assert said.startswith("error: fisherkit scores: got a Fisher of torch.float32")
+    assert "Try: the model in torch.float32" in said
 
 
 def test_scores__a_page_that_cannot_be_written_leaves_the_old_one(

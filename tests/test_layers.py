@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,3 +94,24 @@ def test_methods__have_a_docstring_of_their_own_or_that_of_the_contract() -> Non
                 if method and not name.startswith("_") and not inspect.getdoc(getattr(cls, name)):
                     missing.append(f"{cls.__qualname__}.{name}")
     assert not missing
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Names that PyTorch and Python keep to themselves, by attribute or import."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            root: ast.AST = node
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if names_in(root) & {"torch", "F", "nn", "Variable", "sys"} or node.attr.startswith("_saved_"):
+                yield node.attr
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            words = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            yield from (word for word in words if re.match("_[^_]", word))
+
+
+def test_private_interfaces__are_those_of_the_table() -> None:
+    page = (PACKAGE.parent / "docs" / "design.md").read_text()
+    rows = page.split("## Private interfaces of PyTorch")[1].split("\n## ")[0].splitlines()
+    listed = {name for row in rows if row.startswith("| `") for name in re.findall("`(.+?)`", row.split("|")[1])}
+    assert listed == {name for path in PACKAGE.rglob("*.py") for name in private_names(path)}

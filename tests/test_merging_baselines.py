@@ -201,7 +201,7 @@ def test_merge_layers__stages_buffers_and_the_rest_are_by_policy() -> None:
             {n: t for n, t in fk.merging.average(models, policy=policy).items() if n[0] != "3"}, strict=False
         )
     fishers = [
-        fk.ExactFisher(m, own, structure="kfac", params=["3.weight", "3.bias"])
+        fk.ImprovedEmpiricalFisher(m, own, structure="kfac", params=["3.weight", "3.bias"])
         for m, own in zip(between, data, strict=True)
     ]
     states = [{n: t for n, t in m.state_dict().items() if n[0] == "3"} for m in models]
@@ -218,7 +218,8 @@ def test_merge_layers__heads_of_different_labels_are_by_policy(word: str) -> Non
     with pytest.raises(fk.InvalidArgumentError, match=r"mismatched.*'2.weight' \(shapes \[3, 4\], \[5, 4\]\)"):
         merge_layers(models, data)
     found = merge_layers(models, data, policy=fk.merging.MergePolicy(mismatched=word))
-    fishers = [fk.ExactFisher(m, d, structure="kfac", params="0.*") for m, d in zip(models, data, strict=True)]
+    ief = fk.ImprovedEmpiricalFisher
+    fishers = [ief(m, d, structure="kfac", params="0.*") for m, d in zip(models, data, strict=True)]
     states = [{n: t for n, t in m.state_dict().items() if n[0] == "0"} for m in models]
     expected = merge(states, fishers, damping=fk.RelativeDamping(0.01), output_damping=3.0)
     assert set(found) == {*expected, *([] if word == "skip" else ["2.weight", "2.bias"])}
@@ -248,7 +249,7 @@ def test_merge_layers__refuses_what_it_cannot_use(tmp_path) -> None:
             ([nn.Linear(4, 1), nn.Linear(4, 1)], [(torch.randn(6, 4), torch.arange(6) % 2)] * 2),
             {},
             fk.DataError,
-            r'fisher=functools.partial\(fk.ExactFisher, structure="kfac", likelihood=...\), with likelihood="bern',
+            r'fk.ImprovedEmpiricalFisher, structure="kfac", likelihood=...\), with likelihood="bern',
         ),
     ]
     for arguments, settings, error, text in cases:

@@ -58,7 +58,7 @@ CALLS: dict[str, tuple[Callable[[], object], type[FisherkitError], str]] = {
         SingularMatrixError,
         "DiagonalOperator.logdet(damping=0): got a singular matrix; expected a positive definite one. "
         "2 of its 15 eigenvalues are 0, or too small for torch.float64, so F + damping·I has no inverse and its log "
-        "det is -inf. Try: damping > 0, or fk.RelativeDamping(1e-6).",
+        "det is -inf. Try: damping > 0, or damping=fk.RelativeDamping(1e-6).",
     ),
     "singular dense": (lambda: DenseOperator(LAYER, positive(15, 0, F64, rank=4)).solve(ONES, 0.0), SingularMatrixError,
         "DenseOperator.solve(damping=0): got a singular matrix; expected a positive definite one. Its rank"),

@@ -67,7 +67,7 @@ def test_output_fisher__is_the_kinds_and_a_multiple_of_iefs(
 
 def test_rule__is_recorded_and_may_be_an_object() -> None:
     rule = RowDamped("truncated", 0.1, rank=1)
-    assert (rule.kind_name, rule.kind_options()) == ("truncated", {"rank": "1", "row_damping": "0.1"})
+    assert (rule.kind_name, rule.kind_options()) == ("row-damped truncated", {"rank": "1", "row_damping": "0.1"})
     assert rule.along_gradient
     assert not RowDamped("truncated", 0.1, rank=2).along_gradient
     assert RowDamped(rule, 1).kind_options()["row_damping"] == "1.0"
@@ -136,6 +136,14 @@ def test_step__of_a_prediction_that_underflows_is_finite() -> None:
     moved = step(model, RowDamped("truncated", 0.1, rank=1), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
     assert bool(moved.isfinite().all())
     assert 0 < float(moved.norm()) < 20
+
+
+def test_kind__is_not_that_of_the_rule_that_is_damped() -> None:
+    model = nn.Linear(3, 2)
+    fisher = fk.FisherApproximation(model, (torch.ones(2, 3), torch.tensor([0, 1])), RowDamped("ef", 0.1))
+    assert "row-damped ef full" in repr(fisher)
+    with pytest.raises(fk.InvalidArgumentError, match="of kind 'row-damped ef'; expected one of kind 'ef'"):
+        fk.continual.convert_strength(1.0, normalize="trace", fisher=fisher)
 
 
 def test_preconditioner__takes_it() -> None:

@@ -247,4 +247,4 @@ def test_a_block_diagonal__solves_one_block_at_a_time_and_keeps_all_solutions() 
     probe = fk.EmpiricalFisher(model, (x, y)).held.row_source  # type: ignore[attr-defined]
     form = inverse._row_products(probe, queries=1, others=1_000_000)
     first, last = 64 * 65, 10 * 65
-    assert (form.kept, form.passing) == (first + last, 3 * first)
+    assert (form.held, form.passing) == (first + last, 3 * first)

@@ -7,7 +7,8 @@ import torch
 from examples.demo.digits import BATCH, Checkpoint
 from examples.demo.measure import STRUCTURES, DAMPING, KINDS, Projection, Quality, Structures
 from examples.demo.uses import ANGLE, Uses
-from fisherkit.cli.text import number, table
+from fisherkit.cli.text import table
+from fisherkit.words import number
 
 
 def uses_report(found: Uses) -> str:

@@ -45,7 +45,7 @@ SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 SUMMED = 20
 """Examples whose gradients are summed before they are squared, in the Fisher that is none."""
 
-OURS = "merge_layers, exact kfac (default)"
+OURS = "merge_layers, ief kfac (default)"
 RIVALS = ("average", "RegMean, 0.9", "RegMean, 1", "RegMean++")
 
 Cell = dict[str, Any]
@@ -148,9 +148,9 @@ def _methods(
     yield "RegMean, 1", [merging.regmean(models, fishers, shrink=1, **iterated)]
     activations: dict[str, Any] = {"normalize": "output", "output_damping": 1e9, "damping": fk.RelativeDamping(1e-6)}
     yield "RegMean++", [merging.merge_layers(models, data, **activations, **iterated)]
-    yield OURS, [merging.merge_layers(models, data, **iterated)]
-    for kind in ("ef", "ief"):
+    for kind in ("exact", "ef"):
         yield f"merge_layers, {kind} kfac", [merging.merge_layers(models, data, fisher=_kfac(kind), **iterated)]
+    yield OURS, [merging.merge_layers(models, data, **iterated)]
 
 
 def _kfac(kind: str) -> Any:

@@ -30,38 +30,22 @@ from typer.models import OptionInfo
 from fisherkit import io
 from fisherkit.errors import FisherkitError, InvalidArgumentError, MissingPackageError, listed
 from fisherkit.kinds import KINDS
-from fisherkit.memory import readable
 from fisherkit.processes import world_size
-from fisherkit.progress import duration, in_lines
+from fisherkit.progress import in_lines
+from fisherkit.words import duration, readable
 
 # -- the package's words in a command's --------------------------------------------------------------------------------
 
 
-_VALUE = r"\"[^\"]*\"|'[^']*'|\[[^\]]*\]|-?[\w.+-]*\w|\.\.\."
-
 _KINDS = {kind.__name__: name for name, kind in KINDS.items()}
-
-_PHRASES = (
-    (r"policy=MergePolicy\(([^)]*)\)", r"\1"),
-    (r"(?:damping=)?(?:fk\.|fisherkit\.)?RelativeDamping\(([^)]*)\)", r"--damping \1"),
-    (r"pass params=lambda name, parameter: True\b", "--params '*'"),
-    (r"fk\.merging\.average\(models\)", "--method average"),
-    (r"fk\.load\(path, device=\"([^\"]*)\"\)", r"--device \1"),
-    (r"model\.to\(torch\.(\w+)\)", r"--dtype \1 of a folder's weights"),
-    (r"written by fisher\.save\b", "that fisherkit estimate wrote"),
-    (r",? or a larger memory_budget=?(?!, with)", ""),
-    (r"(above 0 and below 1), or None", r"\1"),
-    (r"the setting is (\w+)=(.*?)(, or None)?$", r"the \1 is \2"),
-    (r"\bmemory_budget = ", "the memory that may be used, "),
-    (r"another out=, or overwrite=True", "another --out, or --overwrite"),
-    (r"(one of .*)\bNone\b", r"\1'none'"),
-    (r"[;,] or(, of a full Fisher,| with)? storage=[^.]*", ""),
-)
-"""What no rule turns into options; patterns and what stands in their place."""
+_KIND = re.compile(rf"fk\.({'|'.join(_KINDS)})(\([^)]*\))?")
+_WRAPPED = re.compile(r"(?:policy=MergePolicy|fk\.RelativeDamping)\(([^)]*)\)")
+"""What Python wraps values in that an option has bare."""
+_KEYWORD = re.compile(r"""(?<![\w.-])(\w+)=("[^"]*"|'[^']*'|\[[^]]*\]|-?[\w.+-]*\w|\.\.\.)?""")
 
 _CALLS = {
     "audit", "compare", "merge", "merge_layers", "average", "task_arithmetic", "regmean", "to_mergekit", "MergePolicy",
-    "likelihood", "params", "RelativeDamping", "FisherApproximation", "build_file", "plan", *_KINDS,
+    "likelihood", "params", "RelativeDamping", "FisherApproximation", "InfluenceScores", "build_file", "plan", *_KINDS,
 }  # fmt: skip
 """Of the package, whose place the command takes."""
 
@@ -75,27 +59,31 @@ def error_in_flags(error: FisherkitError, command: str, flags: Mapping[str, str]
         call = f"{command}{comma}{rest}"
     elif name in _CALLS and keywords.partition("=")[0] in flags:
         call = f"{command} {in_flags(keywords.removesuffix(')'), flags).replace(',', '')}"
-    got, expected, why, try_ = (in_flags(text, flags) for text in (error.got, error.expected, error.why, error.try_))
-    return str(FisherkitError(call, got, expected, why=why, try_=try_))
+    own = error.call.startswith("fisherkit ")  # not a call of the package's
+    expected, advice = error.expected.removesuffix(", or None"), error.try_
+    advice = advice if own else _possible(_bare(advice), flags)
+    got, expected, why, advice = (in_flags(text, flags) for text in (error.got, expected, error.why, advice))
+    return str(FisherkitError(call, got, expected, why=why, try_=advice))
 
 
 def in_flags(text: str, flags: Mapping[str, str]) -> str:
     """A sentence with options in the place of keywords."""
-    text = re.sub(
-        r"(?:Path\(('[^']*'|\"[^\"]*\")\)\.mkdir\(parents=True\))",
-        lambda found: f"mkdir -p {shlex.quote(found[1][1:-1])}", text,
-    )  # fmt: skip
-    text = re.sub(rf"fk\.({'|'.join(_KINDS)})(\([^)]*\))?", lambda found: f"--kind {_KINDS[found[1]]}", text)
-    for pattern, words in _PHRASES[:5]:
-        text = re.sub(pattern, words, text)
-    known = "|".join(sorted(flags, key=len, reverse=True))
-    if known:
-        text = re.sub(rf"(?<![\w.-])({known})=({_VALUE})?", lambda found: _option(flags[found[1]], found[2]), text)
-    if "memory_budget" in flags:
-        text = text.replace("memory_budget", flags["memory_budget"])
-    for pattern, words in _PHRASES[5:]:
-        text = re.sub(pattern, words, text)
-    return text
+
+    def typed(found: re.Match[str]) -> str:
+        return _option(flags[found[1]], found[2]) if found[1] in flags else found[0]
+
+    return _KEYWORD.sub(typed, _bare(text))
+
+
+def _bare(text: str) -> str:
+    return _WRAPPED.sub(r"\1", _KIND.sub(lambda found: f"--kind {_KINDS[found[1]]}", text))
+
+
+def _possible(advice: str, flags: Mapping[str, str]) -> str:
+    """Of the ways to try, those whose keywords are the command's options: the package has more."""
+    first, *others = re.split(r"(?=, or |; )", advice)
+    ways = [way for way in (first, *others) if all(found[1] in flags for found in _KEYWORD.finditer(way))]
+    return re.sub("^(, or |; (or )?)", "", "".join(ways))
 
 
 def _option(flag: str, value: str | None) -> str:

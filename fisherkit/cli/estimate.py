@@ -17,7 +17,7 @@ from fisherkit import io
 from fisherkit.cli.command import refuse_existing, say
 from fisherkit.cli.options import AsJson, Example, Kind, MaxShardSize, Overwrite, Structure, argument, choice, option
 from fisherkit.cli.sources import ModelOptions, TextBatches, call_factory, load_likelihood
-from fisherkit.cli.text import number, pairs
+from fisherkit.cli.text import pairs
 from fisherkit.data import Data, Source
 from fisherkit.errors import InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import build_file, plan, refuse_unpacked
@@ -26,6 +26,7 @@ from fisherkit.operators import FisherFile
 from fisherkit.processes import Share, started
 from fisherkit.structures import structure_named
 from fisherkit.vectors import rule_of
+from fisherkit.words import duration, number
 
 CALL = "fisherkit estimate"
 
@@ -191,7 +192,7 @@ def _as_text(found: dict[str, Any]) -> str:
         ("parameters D", f"{found['parameters']:,}"),
         ("trace", number(found["trace"])),
         ("mean eigenvalue", number(found["mean_eigenvalue"])),
-        ("time", f"{found['seconds']:.1f} s"),
+        ("time", duration(found["seconds"])),
     ]
     lines = [pairs(cells)]
     if found.get("texts_at_max_length"):

@@ -21,14 +21,14 @@ from torch import Tensor
 from fisherkit import io, merging
 from fisherkit.cli.command import expect, make_folder, require
 from fisherkit.cli.options import REQUIRED, AsJson, MaxShardSize, Overwrite, argument, choice, option
-from fisherkit.cli.text import WIDTH, number, pairs, progress, table
+from fisherkit.cli.text import WIDTH, pairs, progress, table
 from fisherkit.errors import MemoryBudgetError, NoClosedFormError
 from fisherkit.evaluation import audit
 from fisherkit.io import replace_text, replacing
-from fisherkit.memory import readable
 from fisherkit.merging.export import UNCOVERED
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import FisherOperator, load, open_file
+from fisherkit.words import number, readable
 
 SHOWN = 10
 """How many of the largest eigenvalues ``fisherkit show`` prints as text; the JSON has `KEPT` of them."""
@@ -78,11 +78,11 @@ class Show:
 
 @dataclass(frozen=True)
 class Layer:
-    """One module's own parameters; ``kind`` says which blocks they lie in, "joint" where one goes beyond the layer."""
+    """One module's own parameters; ``block`` says which blocks they lie in, "joint" where one goes beyond the layer."""
 
     name: str
     parameters: tuple[str, ...]
-    kind: str
+    block: str
     size: int
     trace: float
     share: float
@@ -113,7 +113,7 @@ def summarize(path: Path) -> Summary:
     file = open_file(path)
     layer_of = {name: layer for layer, names in file.space.blocks.items() for name in names}
     traces: dict[str, float] = {}
-    kinds: dict[str, str] = {}
+    tags: dict[str, str] = {}
     spectra: list[Tensor] = []
     refused: list[str] = []
     dtype = ""
@@ -121,7 +121,7 @@ def summarize(path: Path) -> Summary:
         block = file.read(names)
         dtype = str(block.dtype).removeprefix("torch.")
         joint = len({layer_of[name] for name in names}) > 1
-        kinds.update(dict.fromkeys(names, f"{block.tag}, joint" if joint else block.tag))
+        tags.update(dict.fromkeys(names, f"{block.tag}, joint" if joint else block.tag))
         pieces = block.space.unflatten(block.diagonal().double())
         traces.update({name: float(piece.sum()) for name, piece in pieces.items()})
         if block.decomposed_side > LARGEST_SIDE:
@@ -143,11 +143,11 @@ def summarize(path: Path) -> Summary:
     layers = []
     for layer, names in file.space.blocks.items():
         trace, size = sum(traces[name] for name in names), sum(sizes[name] for name in names)
-        kind = " + ".join(dict.fromkeys(kinds[name] for name in names))
+        tag = " + ".join(dict.fromkeys(tags[name] for name in names))
         share = trace / total if total else 0.0
-        layers.append(Layer(layer or ", ".join(names), names, kind, size, trace, share, trace / size))
+        layers.append(Layer(layer or ", ".join(names), names, tag, size, trace, share, trace / size))
     return Summary(
-        file=str(path), files=len(file.files), bytes=file.nbytes, operator=file.header.root.kind,
+        file=str(path), files=len(file.files), bytes=file.nbytes, operator=file.header.root.tag,
         blocks=len(file.blocks), size=file.space.size, dtype=dtype, metadata=file.metadata,
         checksums=file.has_checksums, trace=total, layers=tuple(layers),
         eigenvalues=None if refused else tuple(largest.tolist()), no_eigenvalues=reason,
@@ -166,7 +166,7 @@ def _as_text(found: Summary) -> str:
     }
     rows = [
         (
-            layer.name, layer.kind, f"{layer.size:,}", f"{layer.trace:.3g}", f"{layer.share:.1%}",
+            layer.name, layer.block, f"{layer.size:,}", f"{layer.trace:.3g}", f"{layer.share:.1%}",
             f"{layer.mean_eigenvalue:.3g}",
         )
         for layer in found.layers

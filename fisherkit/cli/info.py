@@ -16,8 +16,9 @@ from fisherkit._version import __version__
 from fisherkit.cli.options import AsJson
 from fisherkit.cli.text import pairs, table
 from fisherkit.kinds import KINDS
-from fisherkit.memory import available_memory, readable
+from fisherkit.memory import available_memory
 from fisherkit.structures import structures
+from fisherkit.words import readable
 
 EXTRAS = {
     "demo": ("matplotlib", "scikit-learn"),

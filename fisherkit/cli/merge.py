@@ -40,14 +40,13 @@ from fisherkit.errors import FileFormatError, InvalidArgumentError, listed
 from fisherkit.fisher import FisherApproximation
 from fisherkit.io.fisher_file import index_of
 from fisherkit.io.model_files import FOLDER_NAMES, ModelFiles, targets
-from fisherkit.memory import readable
 from fisherkit.merging import MergePolicy
 from fisherkit.merging.blocks import expected_seconds
 from fisherkit.merging.export import beside_weights, copy_beside
 from fisherkit.merging.policy import WORDS
 from fisherkit.operators import RelativeDamping
-from fisherkit.progress import duration
 from fisherkit.vectors import rule_of
+from fisherkit.words import duration, readable
 
 CALL = "fisherkit merge"
 
@@ -333,7 +332,7 @@ class Merge:
             ]  # fmt: skip
             typer.echo(table(("parameters", "method", "numbers", "steps", "residual"), rows, left=2) + "\n")
         counted = ", ".join(f"{count:,} {kind}" for kind, count in info.counts().items())
-        what = f"{len(info.weights)} models, {seconds:.1f} s: {counted}"
+        what = f"{len(info.weights)} models, {duration(seconds)}: {counted}"
         typer.echo(f"{self.method if self.method not in WORDS['method'] else 'merge'} of {what}")
         if info.blocks:
             missed = sum(not block.converged for block in info.blocks)

@@ -33,11 +33,12 @@ from fisherkit.cli.options import (
     words,
 )
 from fisherkit.cli.sources import load_likelihood
-from fisherkit.cli.text import number, progress, table
+from fisherkit.cli.text import progress, table
 from fisherkit.data import Source, no_batch
 from fisherkit.evaluation import QualityTable, compare
 from fisherkit.evaluation.compare import average, plot_damping
 from fisherkit.io import replace_text
+from fisherkit.words import number
 
 CALL = "fisherkit quality SPEC"
 FILES = "quality.csv", "quality.json", "quality.png"

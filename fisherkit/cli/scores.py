@@ -25,7 +25,6 @@ from fisherkit.cli.estimate import check_fisher_file
 from fisherkit.cli.options import AsJson, Kind, Overwrite, Structure, argument, choice, option
 from fisherkit.cli.scores_report import Example, Query, Report, data_uri, is_image
 from fisherkit.cli.sources import ModelOptions, call_factory, load_likelihood
-from fisherkit.cli.text import number
 from fisherkit.data import Batch, Data, Source
 from fisherkit.errors import DataError, InvalidArgumentError, InvalidTypeError
 from fisherkit.fisher import FisherApproximation
@@ -39,6 +38,7 @@ from fisherkit.processes import Share as BatchShare
 from fisherkit.rows.record import refuse_train_mode
 from fisherkit.structures import structure_named, structures
 from fisherkit.vectors import rule_of, spelled
+from fisherkit.words import number
 
 CALL = "fisherkit scores"
 FILES = "scores.html", "scores.json"

@@ -25,6 +25,7 @@ from torch import Tensor
 from fisherkit.cli.text import WIDTH, pairs, table
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.influence import Compression
+from fisherkit.words import duration
 
 WIDEST = 60
 """Characters of a text that a row of the table shows."""
@@ -143,15 +144,16 @@ class Report:
         """What was computed, in words."""
         c = self.computed
         relative = "" if c.relative_damping is None else f", {c.relative_damping:g} × the mean eigenvalue"
-        built = f"the file {c.fisher_file}" if c.fisher_seconds is None else f"built in {c.fisher_seconds:.1f} s"
+        built = f"the file {c.fisher_file}" if c.fisher_seconds is None else f"built in {duration(c.fisher_seconds)}"
         rows = {} if c.compression is None else {"Rows": str(Compression(**c.compression))}
+        score_time = duration(c.score_seconds)
         normalized = "" if c.normalize is None else f", normalized by {c.normalize}"
         return {
             "Model": f"{c.model}, D = {c.parameters:,} parameters",
             "Data": f"{c.train:,} training examples, {c.queries:,} queries",
             "Fisher": f"{c.kind}, {c.structure}, N = {c.examples:,}, {built}",
             "Damping": f"λ = {c.damping:.3g}{relative}",
-            "Scores": f"{c.measurement} of each query{normalized}, likelihood {c.likelihood}, {c.score_seconds:.1f} s",
+            "Scores": f"{c.measurement} of each query{normalized}, likelihood {c.likelihood}, {score_time}",
             **rows,
             "Versions": ", ".join(f"{name} {version}" for name, version in c.versions.items()),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -66,14 +65,6 @@ def _wrapped(text: str, width: int) -> list[str]:
         lines.append(rest[:place].rstrip())
         rest = rest[place:].lstrip()
     return [*lines, rest]
-
-
-def number(value: float) -> str:
-    """A number with three significant digits and no exponent where it is of ordinary size."""
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.2e}"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 2
-    return f"{value:,.{decimals}f}"
 
 
 def apart(values: Sequence[float], digits: int = 3) -> list[str]:

@@ -548,7 +548,8 @@ class Term:
 
 
 def _plain(state: io.State) -> dict[str, Any]:
-    return {**vars(state), "names": list(state.names), "children": [_plain(child) for child in state.children]}
+    plain = {"kind": state.tag, "names": list(state.names), "tensors": state.tensors, "options": state.options}
+    return {**plain, "children": [_plain(child) for child in state.children]}
 
 
 def _state(plain: Mapping[str, Any]) -> io.State:

@@ -378,10 +378,10 @@ class _Comparison:
 
     def update(self, kind: str, rule: OutputRule, structure: str, dampings: tuple[float, ...]) -> _Update:
         start = time.perf_counter()
-        rows, power = None, rule.gradient_power
+        rows, power, chosen = None, rule.gradient_power, structure_named(structure, CALL)
         gradient = self.whole if rule.of_hessian else self.gradient
         formula = partial(any_gradient, dampings=dampings, rounding=torch.finfo(self.dtype).eps)
-        if structure in {"full", "block"}:
+        if chosen.of_all_rows:
             rows = self.rows if power is not None else _rows(self._fisher(kind, rule))
         if rows is None:
             # By a solve of its own; a full Fisher's rows may not fit, and a block one is refused then.
@@ -394,7 +394,7 @@ class _Comparison:
             # By modules, those together that share a unit of rows.
             modules = rows.space.joined_blocks(slot.names for slot in rows.slots)
             columns = torch.zeros(rows.space.size, len(dampings), dtype=gradient.dtype, device=gradient.device)
-            for names in [rows.space.names] if structure == "full" else modules:
+            for names in modules if chosen.in_parts else [rows.space.names]:
                 rows.space.put(columns, names, formula(rows.part(names), rows.space.take(gradient, names)))
             count = rows.count
         return _Update(kind, structure, dampings, columns.double(), count, time.perf_counter() - start)

@@ -385,7 +385,7 @@ def _begun(path: Path, live: LiveBlocks, largest: int) -> dict[str, Any]:
     known = settings if fresh else _manifest(path)["settings"]
     if changed := io.differing(known, settings):
         raise _other(path, f"rows with different {', '.join(changed)}")
-    if live.basis is not None and not live.basis.kept:
+    if live.basis is not None and not live.basis.on_disk:
         live.basis.write(path / FILE)  # of a manifest that is there, as it was, by its hash in the settings
     if fresh:
         made = {} if live.basis is None else {"made": live.limit}

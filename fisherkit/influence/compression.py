@@ -156,7 +156,7 @@ class Basis:
         compress: as `InfluenceScores.prepare` was given it.
         layers: their eigenvectors.
         chosen_at: the λ that they were chosen at; None for ``damping``.
-        kept: whether a file has them.
+        on_disk: whether a file has them.
 
     Attributes:
         space: a layer's numbers under its first name, then what is whole.
@@ -166,10 +166,10 @@ class Basis:
 
     def __init__(
         self, fisher: FisherOperator, damping: float, compress: int | float, layers: Sequence[LayerBasis],
-        chosen_at: float | None = None, kept: bool = False,
+        chosen_at: float | None = None, on_disk: bool = False,
     ) -> None:  # fmt: skip
         self.fisher, self.damping, self.compress, self.layers = fisher, damping, compress, tuple(layers)
-        self.chosen_at, self.kept = damping if chosen_at is None else chosen_at, kept
+        self.chosen_at, self.on_disk = damping if chosen_at is None else chosen_at, on_disk
         taken = {name for layer in layers for name in layer.names}
         self.whole = tuple(name for name in fisher.space.names if name not in taken)
         rest = fisher.space.restrict(self.whole) if self.whole else ParameterSpace((), ())

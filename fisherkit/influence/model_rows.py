@@ -252,7 +252,7 @@ class ModelRows:
             "token": token,
         }
 
-    def kept(self, blocks: RowBlocks) -> RowBlocks:
+    def held(self, blocks: RowBlocks) -> RowBlocks:
         """The same made once, if memory has room for all rows beside the rest."""
         if not isinstance(blocks, LiveBlocks):
             return blocks
@@ -352,7 +352,7 @@ def _check_space(fisher: FisherOperator, model: nn.Module, weights: str) -> None
     device, dtype = model_device(model, fisher.space.names)
     if at_least_single(dtype) != fisher.dtype:
         expected = f"{at_least_single(dtype)}, that of Fishers of this model"
-        advice = f"model.to({fisher.dtype}), if it was measured so"
+        advice = f"the model in {fisher.dtype}, if it was measured so"
         raise InvalidTypeError(CALL, f"a Fisher of {fisher.dtype}", expected, try_=advice)
     if device != fisher.device:
         raise InvalidArgumentError(

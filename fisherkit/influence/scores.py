@@ -481,7 +481,7 @@ class InfluenceScores:
         most = self._model_rows.room(form.numbers_per_query)
         if count > most:
             # Each block of queries meets all others: what counts is a block's own number.
-            train = self._model_rows.kept(train)
+            train = self._model_rows.held(train)
             form = inverse._row_products(self._model_rows.probe(train), most, others)
             most = self._model_rows.room(form.numbers_per_query)
             live = live.of(limit=most)

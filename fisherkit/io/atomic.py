@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,7 @@ def require_folder(folder: Path, call: str) -> None:
     if not folder.is_dir():
         raise InvalidArgumentError(
             call, f"a folder that does not exist: {folder}", "an existing folder",
-            try_=f"Path({str(folder)!r}).mkdir(parents=True)",
+            try_=f"mkdir -p {shlex.quote(str(folder))}",
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from fisherkit.io.tensors import (
     INDEX_SUFFIX,
     SUFFIX,
     UNREADABLE,
+    WRITER,
     damaged,
     files_of_index,
     forms_of,
@@ -46,14 +47,14 @@ class State:
     """What an operator needs to come back: a tree of named tensors and plain options.
 
     Args:
-        kind: the operator's registered name.
+        tag: the operator's registered name.
         names: the parameters it acts on, in flat order.
         tensors: its tensors.
         options: JSON-compatible settings.
         children: the states of the operators it is made of.
     """
 
-    kind: str
+    tag: str
     names: tuple[str, ...]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +101,7 @@ class Place:
 class Node:
     """A `State` whose tensors are still in the file: ``places`` says where each of them lies."""
 
-    kind: str
+    tag: str
     names: tuple[str, ...]
     places: dict[str, Place]
     options: dict[str, Any]
@@ -114,12 +115,12 @@ class Node:
     def state(self, read: Callable[[Place], Tensor]) -> State:
         """The state that it describes, whose tensors a function reads."""
         tensors = {role: read(place) for role, place in self.places.items()}
-        return State(self.kind, self.names, tensors, self.options, tuple(child.state(read) for child in self.children))
+        return State(self.tag, self.names, tensors, self.options, tuple(child.state(read) for child in self.children))
 
     def to_json(self) -> dict[str, Any]:
         """The tree as JSON, as a header has it."""
         return {
-            "kind": self.kind,
+            "kind": self.tag,
             "names": list(self.names),
             "tensors": {role: place.to_json() for role, place in self.places.items()},
             "options": self.options,
@@ -129,11 +130,11 @@ class Node:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Node:
         """The inverse of `to_json`; LookupError, TypeError, ValueError or AttributeError for anything else."""
-        kind, names = tree["kind"], tree["names"]
-        if not (isinstance(kind, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise TypeError(f"an operator of kind {kind!r} over {names!r}")
+        tag, names = tree["kind"], tree["names"]
+        if not (isinstance(tag, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"an operator of the tag {tag!r} over {names!r}")
         return cls(
-            kind, tuple(names), {role: Place.from_json(place) for role, place in tree["tensors"].items()},
+            tag, tuple(names), {role: Place.from_json(place) for role, place in tree["tensors"].items()},
             tree["options"], tuple(cls.from_json(child) for child in tree["children"]),
         )  # fmt: skip
 
@@ -154,7 +155,7 @@ def pack(state: State, largest: int | None, prefix: str = "") -> tuple[Node, dic
         node, below = pack(child, largest, f"{prefix}{i}.")
         children.append(node)
         tensors.update(below)
-    return Node(state.kind, state.names, places, state.options, tuple(children)), tensors
+    return Node(state.tag, state.names, places, state.options, tuple(children)), tensors
 
 
 # -- the format --------------------------------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     path = as_path(path, call)
     found = path if path.is_file() or not path.name else index_of(path)
     if not found.is_file():
-        raise MissingFileError(call, "no such file", "one written by fisher.save", try_="check the path")
+        raise MissingFileError(call, "no such file", f"one written by {WRITER}", try_="check the path")
     indexed = found.name.endswith(INDEX_SUFFIX)
     try:
         save = _stamp(found)
@@ -334,7 +335,7 @@ def read_header(path: str | Path, call: str) -> FisherHeader:
     except (*UNREADABLE, AttributeError) as error:
         if pickled(found):
             raise FileFormatError(
-                call, f"{found.name}, a file of torch.save or pickle", "one written by fisher.save",
+                call, f"{found.name}, a file of torch.save or pickle", f"one written by {WRITER}",
                 try_="torch.load, for what torch.save wrote; fisher.save(path) keeps a Fisher",
             ) from error  # fmt: skip
         # A shard's name with a folder in it raises ValueError too: shards lie beside their index.
@@ -358,7 +359,7 @@ def _check_format(header: Mapping[str, str], indexed: bool, call: str) -> None:
         )  # fmt: skip
     if form != FORMAT:
         got = "an index of something else" if indexed else "a safetensors file of another kind"
-        raise FileFormatError(call, got, "one written by fisher.save", try_="check the path")
+        raise FileFormatError(call, got, f"one written by {WRITER}", try_="check the path")
     if not 1 <= (version := int(header["version"])) <= SHARDED_VERSION:
         got, expected = f"format version {version}", f"at most {SHARDED_VERSION}"
         raise FileFormatError(call, got, expected, try_="a newer fisherkit")

@@ -27,6 +27,9 @@ from fisherkit.io.checksums import CHECKSUM, Checksums, parse, sealed, unsealed,
 FORMAT = "fisherkit"
 """How the formats of this package's files begin; that of a Fisher file is this alone."""
 
+WRITER = "fisher.save or fisherkit estimate"
+"""What Fisher files are written by, as errors say it."""
+
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".index.json"
 
 DTYPES = {
@@ -201,7 +204,7 @@ def pickled(file: Path) -> bool:
         return opened.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def damaged(call: str, error: Exception | str, *, name: str = "a file", writer: str = "fisher.save") -> FileFormatError:
+def damaged(call: str, error: Exception | str, *, name: str = "a file", writer: str = WRITER) -> FileFormatError:
     """The error of a file that cannot be read, under the name that it has in the sentence."""
     return FileFormatError(
         call, f"{name} that cannot be read ({error})", f"a complete file written by {writer}",

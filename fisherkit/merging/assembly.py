@@ -105,8 +105,8 @@ class MergeInfo:
         """How many names became what."""
         found: dict[str, int] = {}
         for what in self.names.values():
-            kind = what.partition(" ")[0]
-            found[kind] = found.get(kind, 0) + 1
+            action = what.partition(" ")[0]
+            found[action] = found.get(action, 0) + 1
         return found
 
     def to_json(self) -> str:
@@ -115,7 +115,7 @@ class MergeInfo:
 
     def __str__(self) -> str:
         """A table of the blocks under a line on the whole."""
-        counted = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
+        counted = ", ".join(f"{count} {action}" for action, count in self.counts().items())
         lines = [f"{self.method} of {len(self.weights)} models: {counted}"]
         if self.share is not None:
             least = dict(self.losses)[self.share]

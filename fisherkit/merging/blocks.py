@@ -293,7 +293,7 @@ def expected_seconds(headers: Sequence[FisherHeader]) -> float:
 def _operations(header: FisherHeader, node: Node | None = None) -> float:
     """Of a node, by default the whole file's."""
     node = node or header.root
-    if node.children or "kronecker" not in node.kind:
+    if node.children or "kronecker" not in node.tag:
         return sum(_operations(header, child) for child in node.children)
     shapes = dict(zip(header.space.names, header.space.shapes, strict=True))
     size = sum(math.prod(shapes[name]) for name in node.names)

@@ -23,7 +23,7 @@ from fisherkit.arguments import check_number, check_type, is_number
 from fisherkit.arithmetic import without_autocast
 from fisherkit.data import Data
 from fisherkit.errors import FisherkitError, InvalidArgumentError, InvalidTypeError, NonFiniteError, listed
-from fisherkit.kinds import ExactFisher
+from fisherkit.kinds import ImprovedEmpiricalFisher
 from fisherkit.merging.assembly import Job, MergeInfo
 from fisherkit.merging.blocks import DEFAULT_OUTPUT_DAMPING, BlockwiseMerge, measure
 from fisherkit.merging.fishers import (
@@ -242,7 +242,7 @@ def _check_some(merged: Sequence[object], call: str) -> None:
     if not merged:
         raise InvalidArgumentError(
             call, "no parameter that all models and Fishers share", "at least one to merge",
-            try_="fk.merging.average(models)",
+            try_="their plain average, which needs no Fisher",
         )  # fmt: skip
 
 
@@ -357,7 +357,8 @@ def task_arithmetic(
 # -- layer after layer -------------------------------------------------------------------------------------------------
 
 
-KFAC = partial(ExactFisher, structure="kfac")
+IEF_KFAC = partial(ImprovedEmpiricalFisher, structure="kfac")
+"""What layers are measured by, here and in ``fisherkit merge``: docs/results/merging.md has it beside other kinds."""
 LAYER_DAMPING = RelativeDamping(0.01)
 """Less than `merge` has: it pulls to an average that was made for no merged layer."""
 
@@ -367,7 +368,7 @@ def merge_layers(
     data: Sequence[Data],
     weights: Sequence[float] | None = None,
     *,
-    fisher: Callable[..., FisherOperator] = KFAC,
+    fisher: Callable[..., FisherOperator] = IEF_KFAC,
     stages: Sequence[Sequence[str]] | None = None,
     damping: Damping = LAYER_DAMPING,
     normalize: str | None = "block",
@@ -483,9 +484,10 @@ def _measured(fisher: Callable[..., FisherOperator], model: nn.Module, data: Dat
     try:
         return fisher(model, data, params=list(names))
     except FisherkitError as error:
-        if fisher is not KFAC or "likelihood=" not in error.try_:
+        if fisher is not IEF_KFAC or "likelihood=" not in error.try_:
             raise
-        advice = f'fisher=functools.partial(fk.ExactFisher, structure="kfac", likelihood=...), with {error.try_}'
+        default = 'fisher=functools.partial(fk.ImprovedEmpiricalFisher, structure="kfac", likelihood=...)'
+        advice = f"{default}, with {error.try_}"
         raise type(error)(error.call, error.got, error.expected, why=error.why, try_=advice) from error
 
 

@@ -437,7 +437,7 @@ class FisherOperator(ABC):
     def _from_state(cls, space: ParameterSpace, state: io.State) -> FisherOperator:
         """The operator that `_state` described; every structure with a `tag` supplies it."""
         raise FileFormatError(
-            "load", f"an operator with the tag {state.kind!r}", "one that can be loaded",
+            "load", f"an operator with the tag {state.tag!r}", "one that can be loaded",
             why=f"{cls.__name__} does not define _from_state",
         )  # fmt: skip
 
@@ -504,7 +504,7 @@ class FisherOperator(ABC):
     def _write(self, path: str | Path, metadata: dict[str, str], max_shard_size: int | None) -> None:
         """Write a Fisher file; by default of `_state`."""
         state = self._state()
-        if not state.kind:
+        if not state.tag:
             raise self._no_closed_form("save", "it has no tag that a file could name", f'{self._name}.tag = "..."')
         io.write(path, state, self.space, metadata, max_shard_size=max_shard_size)
 

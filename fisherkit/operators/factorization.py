@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fisherkit.operators.base import FisherOperator
 
 
-Part: TypeAlias = tuple[tuple[str, ...], Tensor]
+UnitSummand: TypeAlias = tuple[tuple[str, ...], Tensor]
 """Names of a unit's parameters, and its summand ``[R, Q]``."""
 
 Bases: TypeAlias = tuple[Tensor, Tensor]
@@ -41,7 +41,7 @@ class RowSolution(ABC):
     """(F + λI)⁻¹ applied to the queries' rows, as meeting other rows needs it."""
 
     @abstractmethod
-    def parts(self, rows: Rows) -> Iterator[Part]:
+    def parts(self, rows: Rows) -> Iterator[UnitSummand]:
         """rᵀ(F + λI)⁻¹q of rows r and queries q, cut along r's units: Σ over them is `products`."""
 
     def products(self, rows: Rows) -> Float[Tensor, "R Q"]:
@@ -56,13 +56,13 @@ class RowSolution(ABC):
 class RowProducts:
     """The map r, q ↦ rᵀ(F + λI)⁻¹q: ``solve`` makes the queries' side.
 
-    Of one query a solution holds ``kept`` numbers, and its making ``passing`` more.
+    Of one query a solution holds ``held`` numbers, and its making ``passing`` more.
     """
 
     solve: Callable[[Rows], RowSolution]
 
-    def __init__(self, kept: int, passing: int) -> None:
-        self.kept, self.passing, self.numbers_per_query = kept, passing, kept + passing
+    def __init__(self, held: int, passing: int) -> None:
+        self.held, self.passing, self.numbers_per_query = held, passing, held + passing
 
 
 class SolvedProducts(RowProducts):
@@ -79,7 +79,7 @@ class _Solved(RowSolution):
 
     columns: Float[Tensor, "D Q"]
 
-    def parts(self, rows: Rows) -> Iterator[Part]:
+    def parts(self, rows: Rows) -> Iterator[UnitSummand]:
         yield from rows.matmul_by_unit(self.columns)
 
     def unit(self, space: ParameterSpace, names: tuple[str, ...]) -> tuple[Float[Tensor, "d Q"], None]:
@@ -90,7 +90,7 @@ class BlockProducts(RowProducts):
     """Sums of others, one for each part of the parameters."""
 
     def __init__(self, parts: Sequence[tuple[ParameterSpace, RowProducts]]) -> None:
-        super().__init__(sum(part.kept for _, part in parts), max(part.passing for _, part in parts))
+        super().__init__(sum(part.held for _, part in parts), max(part.passing for _, part in parts))
         self._parts = parts
         self.solve = lambda queries: _BlockSolution([(own, one.solve(queries.restrict(own))) for own, one in parts])
 
@@ -99,7 +99,7 @@ class BlockProducts(RowProducts):
 class _BlockSolution(RowSolution):
     solutions: Sequence[tuple[ParameterSpace, RowSolution]]
 
-    def parts(self, rows: Rows) -> Iterator[Part]:
+    def parts(self, rows: Rows) -> Iterator[UnitSummand]:
         for space, solution in self.solutions:
             yield from solution.parts(rows.restrict(space))
 

@@ -104,7 +104,7 @@ class PackedOperator(ForwardingOperator):
                     wide[name] = nearest_orthonormal(tensor.to(self.dtype))
                 elif tensor.is_floating_point():  # eigenvalues may be in float64
                     wide[name] = tensor.to(torch.promote_types(tensor.dtype, self.dtype))
-            whole = restore(self.space, io.State(self.packed.kind, self.space.names, wide, self.packed.options))
+            whole = restore(self.space, io.State(self.packed.tag, self.space.names, wide, self.packed.options))
             found = _LATEST[self] = whole if self.scale == 1 else whole._scaled(self.scale)
         return found
 

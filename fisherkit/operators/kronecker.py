@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisherkit import io
 from fisherkit.operators.base import FisherOperator
-from fisherkit.operators.factorization import Bases, Factorization, Part, RowProducts, RowSolution
+from fisherkit.operators.factorization import Bases, Factorization, RowProducts, RowSolution, UnitSummand
 from fisherkit.operators.layer_layout import LayerLayout, marginals
 from fisherkit.operators.linalg import (
     Spectrum,
@@ -462,7 +462,7 @@ class EigenKroneckerOperator(LayerOperator):
     @classmethod
     def _from_state(cls, space: ParameterSpace, state: io.State) -> EigenKroneckerOperator:
         tensors, transposed = state.tensors, bool(state.options["transposed"])
-        if state.kind == cls.truncated_tag:
+        if state.tag == cls.truncated_tag:
             a, g = (Spectrum.from_tensors(tensors, name) for name in ("activation", "gradient"))
             return cls.of_spectra(space, a, g, tensors.get("values"), transposed)
         return cls(space, tensors["activation_basis"], tensors["gradient_basis"], tensors["eigenvalues"], transposed)
@@ -574,7 +574,7 @@ class _EigenSolution(RowSolution):
         """For rows that are not factored, if there are such."""
         return self._inverse._solve_rows(self._queries)
 
-    def parts(self, rows: Rows) -> Iterator[Part]:
+    def parts(self, rows: Rows) -> Iterator[UnitSummand]:
         (slot,), factored, outside = rows.slots, self._inverse._factored(rows), self._inverse._outside
         if self._weighed is None or factored is None:
             yield slot.names, slot.rows.matmul(self._solved)

@@ -285,5 +285,5 @@ def singular(call: str, damping: float, why: str) -> SingularMatrixError:
     return SingularMatrixError(
         f"{call}(damping={damping})", "a singular matrix", "a positive definite one",
         why=f"{why}, so F + damping·I has no inverse and its log det is -inf",
-        try_="damping > 0, or fk.RelativeDamping(1e-6)",
+        try_="damping > 0, or damping=fk.RelativeDamping(1e-6)",
     )  # fmt: skip

@@ -18,16 +18,15 @@ from torch import Tensor
 from fisherkit import io
 from fisherkit.arithmetic import MatMat
 from fisherkit.errors import MemoryBudgetError
-from fisherkit.memory import readable
 from fisherkit.operators.base import FisherOperator
 from fisherkit.operators.damped_gram import PRECISE, DampedGram, damped_cholesky, damped_grams, rounding_of
 from fisherkit.operators.dense import DenseOperator
 from fisherkit.operators.factorization import (
     Factorization,
     IterativeFactorization,
-    Part,
     RowProducts,
     RowSolution,
+    UnitSummand,
     diagonal_inverse,
 )
 from fisherkit.operators.linalg import orthonormal, singular, spectrum
@@ -38,6 +37,7 @@ from fisherkit.rows.collection import Rows, RowSource
 from fisherkit.rows.shared import SharedRows
 from fisherkit.rows.streamed import StreamedRows, every_kth
 from fisherkit.space import ParameterSpace
+from fisherkit.words import readable
 
 UNBOUNDED = 1 << 62
 """A memory budget that nothing exceeds."""
@@ -250,7 +250,7 @@ class LowRankOperator(FisherOperator):
 
     def _state(self) -> io.State:
         if not isinstance(self.row_source, Rows):
-            why, try_ = "its rows are streamed from the data and lie nowhere", ", or a larger memory_budget"
+            why, try_ = "its rows are streamed from the data and lie nowhere", ", or a larger memory_budget="
             if self.row_source.in_memory:
                 why, try_ = "every process has rows of its own", ", or group=False and all data"
             raise self._no_closed_form("save", why, 'structure="kfac" or "diagonal"' + try_)
@@ -274,8 +274,8 @@ class LowRankOperator(FisherOperator):
             raise MemoryBudgetError(
                 f"{self._name}.{operation}",
                 f"a {letter} × {letter} matrix of {readable(needed)} with {letter} = {side:,}",
-                f"at most memory_budget = {readable(self.memory_budget)}",
-                try_="fisher.matvec and fk.estimators, which need no square matrix, or a larger memory_budget",
+                f"at most {readable(self.memory_budget)}, the memory budget",
+                try_="fisher.matvec and fk.estimators, which need no square matrix, or a larger memory_budget=",
             )  # fmt: skip
 
 
@@ -419,7 +419,7 @@ class _GramSolution(RowSolution):
         self._by, self._queries = by, queries.written_out()
         self._w = by.scale * by._solve(by.rows.cross_gram(queries, by.precise))
 
-    def parts(self, rows: Rows) -> Iterator[Part]:
+    def parts(self, rows: Rows) -> Iterator[UnitSummand]:
         by, rows = self._by, self._by._in_own_dtype(rows).written_out()
         with_queries = rows.cross_gram_by_unit(self._queries, by.precise)
         with_rows = rows.cross_gram_by_unit(by.rows, by.precise)

@@ -12,6 +12,7 @@ from typing import Any
 
 from fisherkit import io
 from fisherkit.errors import FileFormatError, InvalidArgumentError
+from fisherkit.io.tensors import WRITER
 from fisherkit.operators.base import FisherOperator, Makers
 from fisherkit.space import ParameterSpace
 
@@ -27,7 +28,7 @@ def parts_fit(call: str) -> Iterator[None]:
         if isinstance(error, FileFormatError) and error.call == call:
             raise
         raise FileFormatError(
-            call, f"a file whose parts do not make an operator ({error})", "one written by fisher.save",
+            call, f"a file whose parts do not make an operator ({error})", f"one written by {WRITER}",
             why="each structure checks its own tensors when it is restored", try_="save it again",
         ) from error  # fmt: skip
 
@@ -35,27 +36,27 @@ def parts_fit(call: str) -> Iterator[None]:
 def restore(space: ParameterSpace, state: io.State) -> FisherOperator:
     """The operator that a state describes; refuses unknown tags and other parameters."""
     registry = _registry()
-    if state.kind not in registry:
+    if state.tag not in registry:
         raise FileFormatError(
-            "load", f"an operator with the unknown tag {state.kind!r}", f"one of {sorted(registry)}",
+            "load", f"an operator with the unknown tag {state.tag!r}", f"one of {sorted(registry)}",
             try_="import the module that defines it first, or a newer fisherkit",
         )  # fmt: skip
     check_names(state, space)
-    return registry[state.kind]._from_state(space, state)
+    return registry[state.tag]._from_state(space, state)
 
 
 def check_names(described: io.State | io.Node, space: ParameterSpace) -> None:
     """Refuse what is described as acting on other parameters."""
     if described.names != space.names:
         raise FileFormatError(
-            "load", f"a {described.kind} operator over {list(described.names)}", f"one over {list(space.names)}"
+            "load", f"a {described.tag} operator over {list(described.names)}", f"one over {list(space.names)}"
         )
 
 
 def blocks_of_node(node: io.Node, space: ParameterSpace, reader: io.Reader) -> Makers:
     """The finest independent blocks of an operator in a file; making one reads its tensors and no others."""
     check_names(node, space)
-    found = _registry().get(node.kind, FisherOperator)._blocks_of_node(node, space, reader)
+    found = _registry().get(node.tag, FisherOperator)._blocks_of_node(node, space, reader)
     return {space.names: lambda: restore(space, reader.state(node))} if found is None else found
 
 

@@ -42,7 +42,7 @@ class RowDamped(OutputRule):
         call = "RowDamped"
         self.row_damping = check_number(call, "row_damping", row_damping, above=True)
         self.rule = rule_of(kind, call=call, options=options)
-        self.kind_name = self.rule.kind_name  # type: ignore[misc]  # what a class has is an object's own here
+        self.kind_name = f"row-damped {self.rule.kind_name}"  # type: ignore[misc]  # what a class has is an object's own here
         self.positionwise = self.rule.positionwise  # type: ignore[misc]
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:

@@ -24,5 +24,5 @@ REPRESENTATIONS: dict[str, type[UnitRows]] = {
 
 def restore_rows(space: ParameterSpace, states: Sequence[State]) -> Rows:
     """Rows from what a file holds of each unit."""
-    slots = [UnitSlot(s.names, REPRESENTATIONS[s.kind].from_tensors(s.tensors, s.options)) for s in states]
+    slots = [UnitSlot(s.names, REPRESENTATIONS[s.tag].from_tensors(s.tensors, s.options)) for s in states]
     return Rows(space, slots)

@@ -209,10 +209,10 @@ class _Kept:
         self.copies: list[tuple[Any, str, Tensor, int | None]] = []
         pending: list[Any] = []
         for name, value in self.before.items():
-            kind = type(value)
-            if kind in _PLAIN or name in _HOOKS:
+            cls = type(value)
+            if cls in _PLAIN or name in _HOOKS:
                 continue
-            if kind in _CONTAINERS:
+            if cls in _CONTAINERS:
                 if name == "_buffers":
                     self.places += [(value, key, t) for key, t in value.items() if t is not None]
                 pending.append(value)

@@ -148,5 +148,5 @@ _STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tenso
 }  # fmt: skip
 """What the input brings, what is added to it, h, c and the turned weight of h, to the next h and c."""
 
-RECURRENT = {getattr(torch._VF, name): RecurrentRule(name, "input weight bias") for name in _STEPS}
+RECURRENT = {getattr(torch, name): RecurrentRule(name, "input weight bias") for name in _STEPS}
 """The rule of the linear maps in each function."""

@@ -526,8 +526,8 @@ def _terms(equation: Any, operands: Any) -> tuple[str, str, str] | None:
 
 def _letters(x: str, weight: str, out: str) -> tuple[Letters | None, bool]:
     """How axes take part, and whether the weight has its contracted ones before its outputs; None where none can."""
-    kinds = "".join("s" if one in x and one in out else "c" if one in x else "o" for one in weight)
-    match = re.fullmatch("(s*)(o*)(c+)(o*)", kinds)
+    roles = "".join("s" if one in x and one in out else "c" if one in x else "o" for one in weight)
+    match = re.fullmatch("(s*)(o*)(c+)(o*)", roles)
     if match is None or any(len(set(term)) < len(term) for term in (x, weight, out)):
         return None, False
     slices, before, contracted, behind = (weight[slice(*match.span(i))] for i in range(1, 5))

@@ -15,7 +15,7 @@ from fisherkit.rows.base import RowSelection, UnitRows
 from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.ownership import Arrangement, Owned, Regular
 
-Part = tuple[Tensor, FactoredRows]
+SlicePart = tuple[Tensor, FactoredRows]
 """Which rows use a slice, and these over it."""
 
 
@@ -27,7 +27,7 @@ class SlicedRows(UnitRows):
 
     form = "sliced"
 
-    def __init__(self, parts: Mapping[int, Part], *, count: int, slices: int, none: FactoredRows) -> None:
+    def __init__(self, parts: Mapping[int, SlicePart], *, count: int, slices: int, none: FactoredRows) -> None:
         super().__init__(count, slices * none.size)
         self.parts, self.slices, self.none = dict(sorted(parts.items())), slices, none
 
@@ -139,7 +139,7 @@ class SlicedRows(UnitRows):
     @classmethod
     def cat(cls, parts: Sequence[SlicedRows]) -> SlicedRows:
         starts = torch.tensor([0] + [part.count for part in parts]).cumsum(0).tolist()
-        found: dict[int, list[Part]] = {}
+        found: dict[int, list[SlicePart]] = {}
         for start, own in zip(starts, parts, strict=False):
             for one, (rows, part) in own.parts.items():
                 found.setdefault(one, []).append((rows + start, part))

@@ -306,10 +306,10 @@ class SlicedUnit(RuledUnit):
     """A parameter of which each position uses one slice: factors for every slice, or what is summed up by slice.
 
     Attributes:
-        kept: numbers that an example's rows take, those of the inputs and those of each vector.
+        apart: numbers that an example's rows take, those of the inputs and those of each vector.
     """
 
-    kept = (0, 0)
+    apart = (0, 0)
 
     def made(self, pulled: Pulled) -> UnitSlot | None:
         uses, v, selection = pulled.uses, pulled.v, pulled.selection
@@ -354,18 +354,18 @@ class SlicedUnit(RuledUnit):
         self._none = rows.reordered(torch.arange(0)).compact()
         positions = -(-sum(pulled.uses[i].lead.numel() for i in own) // rows.count)
         if isinstance(rows, SlicedRows):
-            self.kept = positions * rows.none.inputs, positions * rows.none.outputs
+            self.apart = positions * rows.none.inputs, positions * rows.none.outputs
         elif isinstance(rows, SparseRows):
-            self.kept = 0, positions * (rows.values.shape[1] + 2)
+            self.apart = 0, positions * (rows.values.shape[1] + 2)
 
     def choose(self, vectors: int, lean: bool) -> None:
         """Keep what each position brings, or write the rows out if that takes fewer numbers."""
-        apart, product = self.kept[0] + vectors * self.kept[1], vectors * self.numbers
+        apart, product = self.apart[0] + vectors * self.apart[1], vectors * self.numbers
         self.stored = apart > product
         self.reason = f"{self.place}; T(I + M·O) = {apart:,} {'>' if self.stored else '<='} M·D = {product:,}"
 
     def numbers_per_example(self, vectors: int) -> int:
-        return vectors * self.numbers if self.stored else self.kept[0] + vectors * self.kept[1]
+        return vectors * self.numbers if self.stored else self.apart[0] + vectors * self.apart[1]
 
     def differs(self, use: Use) -> bool:
         return use.slices is None or use.rule is not self.rule or use.turned != self.turned

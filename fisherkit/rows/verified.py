@@ -228,10 +228,10 @@ def _plain(value: Any, seen: set[int], depth: int = 5) -> Hashable:
 
     What modules share, as a configuration, is described where it is ``seen`` first.
     """
-    kind = type(value)
-    if kind in _PLAIN or isinstance(value, _SIMPLE):
+    cls = type(value)
+    if cls in _PLAIN or isinstance(value, _SIMPLE):
         return (value,)
-    record = dataclasses.is_dataclass(kind) or kind in _RECORDS or hasattr(kind, "to_dict")
+    record = dataclasses.is_dataclass(cls) or cls in _RECORDS or hasattr(cls, "to_dict")
     if not record and not isinstance(value, _CONTAINERS):
         return None
     if not depth or id(value) in seen:

@@ -43,20 +43,20 @@ _BY_NAME: dict[str, type[Structure]] = {}
 class Part(NamedTuple):
     """What became of some parameters: their own operator, and for `coverage` its structure and the reason.
 
-    ``make`` makes the operator, of so many bytes; ``kept`` says that the reason begins with that of how the unit's rows
-    are kept.
+    ``make`` makes the operator, of so many bytes; ``of_rows`` says that the reason begins with that of how the
+    unit's rows are stored.
     """
 
     make: Callable[[], FisherOperator]
     nbytes: int
     structure: str
     reason: str
-    kept: bool = False
+    of_rows: bool = False
 
     @classmethod
-    def of(cls, operator: FisherOperator, structure: str, reason: str, *, kept: bool = False) -> Part:
+    def of(cls, operator: FisherOperator, structure: str, reason: str, *, of_rows: bool = False) -> Part:
         """With an operator that is there."""
-        return cls(lambda: operator, operator.nbytes, structure, reason, kept)
+        return cls(lambda: operator, operator.nbytes, structure, reason, of_rows)
 
     @property
     def operator(self) -> FisherOperator:
@@ -184,7 +184,7 @@ class Structure(ABC):
         max_rank: eigenpairs of a Kronecker factor to keep; None for all.
         averaged: whether the sums will be merged with those of other examples after they were decomposed.
         memory_budget: bytes.
-        kept: the dtype that the operator's numbers are kept in; None for that of the rows.
+        kept_dtype: the dtype that the operator's numbers are kept in; None for that of the rows.
         processes: that each add up a part of the data.
         expected: says about how many examples will be added up, or None where that is not known.
     """
@@ -206,6 +206,8 @@ class Structure(ABC):
     """Whether the operator's numbers can be kept in a coarser dtype than they are added up in."""
     has_eigenbases: ClassVar[bool] = False
     """Whether the operator answers `eigenbases`, of layers with factors at least."""
+    of_all_rows: ClassVar[bool] = False
+    """Whether it is F itself between the parameters of a block: rows made for one such structure serve all of them."""
     passes: ClassVar[int] = 1
     """Over the rows, about."""
     instead: ClassVar[str] = "params= to choose fewer parameters"
@@ -224,7 +226,7 @@ class Structure(ABC):
     max_rank: int | None = None
     averaged: bool = False
     memory_budget: int = UNBOUNDED
-    kept: torch.dtype | None = None
+    kept_dtype: torch.dtype | None = None
     processes: Processes = ALONE
     expected: Callable[[], int | None] = lambda: None
 
@@ -300,7 +302,7 @@ class Structure(ABC):
     @property
     def kept_item(self) -> int:
         """Bytes of a number of the operator."""
-        return self.item if self.kept is None else min(self.item, torch.finfo(self.kept).bits // 8)
+        return self.item if self.kept_dtype is None else min(self.item, torch.finfo(self.kept_dtype).bits // 8)
 
 
 # -- structures that treat layers one by one ---------------------------------------------------------------------------
@@ -449,10 +451,10 @@ class LayerStructure(Structure):
         return BlockDiagonalOperator(self.space, [self._block(n, u, scale) for n, u in sums.whole.items()])
 
     def _block(self, names: Names, unit: UnitSums, scale: float) -> FisherOperator:
-        if self.kept is None:
+        if self.kept_dtype is None:
             return unit.operator(self.space.restrict(names), scale)
         with checked_together(alone=True):  # so that nothing keeps the wide form
-            return packed(unit.operator(self.space.restrict(names), scale), self.kept)
+            return packed(unit.operator(self.space.restrict(names), scale), self.kept_dtype)
 
     def parts(self, sums: LayerSums, operator: Any) -> Parts:
         units = zip(sums.whole.items(), operator.blocks, strict=True)

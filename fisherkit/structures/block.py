@@ -47,30 +47,30 @@ class BlockSums(Sums):
     spaces: Mapping[Names, ParameterSpace]
     others: ParameterSpace
     matrices: Mapping[Names, NormalMatrix] = field(default_factory=dict)
-    kept: Rows | None = None
+    rows: Rows | None = None
     everyones: SharedRows | None = None
 
     def added(self, chunks: Iterable[Chunk]) -> BlockSums:
-        matrices, kept = dict(self.matrices), [] if self.kept is None else [self.kept]
+        matrices, rows = dict(self.matrices), [] if self.rows is None else [self.rows]
         for chunk in chunks:
             for names, space in self.spaces.items():
                 new = NormalMatrix.of(chunk.rows.restrict(space))
                 matrices[names] = matrices[names].merge(new) if names in matrices else new
             if self.others.names:
-                kept.append(chunk.rows.restrict(self.others))
+                rows.append(chunk.rows.restrict(self.others))
             del chunk
-        return replace(self, matrices=matrices, kept=Rows.taken_from(kept) if kept else None)
+        return replace(self, matrices=matrices, rows=Rows.taken_from(rows) if rows else None)
 
     def all_reduced(self, processes: Processes) -> BlockSums:
         """Of what all processes have added up; their rows, each where it is."""
         return replace(
-            self, matrices=everywhere(self.matrices, processes), everyones=shared(self.kept, processes)
+            self, matrices=everywhere(self.matrices, processes), everyones=shared(self.rows, processes)
         )  # fmt: skip
 
     @property
     def whole(self) -> Rows | SharedRows | None:
         """The rows that were kept, of all processes where there are several."""
-        return self.everyones or self.kept
+        return self.everyones or self.rows
 
 
 class Block(RowStructure):
@@ -79,7 +79,7 @@ class Block(RowStructure):
     name = "block"
     meaning = "one exact block a module, nothing between modules"
     instead = 'structure="kfac" or "diagonal"'
-    in_parts = True
+    in_parts = of_all_rows = True
 
     @property
     def groups(self) -> tuple[Names, ...]:

@@ -39,13 +39,13 @@ class Diagonal(LayerStructure):
 
     def operator(self, sums: LayerSums, scale: float) -> FisherOperator:
         """One diagonal for all; of numbers that are kept in another dtype one a unit."""
-        if self.kept is not None:
+        if self.kept_dtype is not None:
             return super().operator(sums, scale)
         whole = self.space.join([(names, unit.tensors()["diagonal"]) for names, unit in sums.whole.items()])
         return DiagonalOperator(self.space, whole if scale == 1 else whole.mul_(scale))
 
     def parts(self, sums: LayerSums, operator: FisherOperator) -> Parts:
-        if self.kept is not None:
+        if self.kept_dtype is not None:
             return super().parts(sums, operator)
 
         def part(names: Names) -> FisherOperator:

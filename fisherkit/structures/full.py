@@ -90,6 +90,7 @@ class Full(RowStructure):
 
     name = "full"
     meaning = "the whole matrix by its rows, JᵀJ/N; solved through the rows' Gram matrix"
+    of_all_rows = True
 
     @property
     def instead(self) -> str:  # type: ignore[override]
@@ -150,5 +151,5 @@ class Full(RowStructure):
         parts: Parts = {}
         for slot in rows.slots:
             own = self.by_rows(rows.part(slot.names), operator.scale)
-            parts[slot.names] = Part.of(own, f"full, {slot.rows.form} rows", note, kept=True)
+            parts[slot.names] = Part.of(own, f"full, {slot.rows.form} rows", note, of_rows=True)
         return parts
