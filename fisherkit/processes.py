@@ -7,11 +7,14 @@ goes wrong in one process is an error in all of them and not a wait without end.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import io
 import itertools
 import os
 import pickle
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -27,6 +30,9 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
 
 CPU = torch.device("cpu")
+
+PATIENCE = 5.0
+"""Seconds that processes whose exchange failed give one another to say so; who does not is named as lost."""
 
 Group = Any
 """None for the default group where there is one, False for this process alone, or a ``torch.distributed`` group."""
@@ -219,15 +225,50 @@ class Processes:
         except FisherkitError:
             raise
         except RuntimeError as error:  # torch has no other class for all of them
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            lost = self._lost(said)
+            got = f"no answer from {lost} of {self.size}" if lost else f"a connection that failed: {said}"
+            unknown = f"torch does not say which; not necessarily this one, rank {self.rank} of {self.size}"
             raise ProcessError(
-                "an exchange between processes",
-                f"a connection that failed: {(str(error) or type(error).__name__).splitlines()[0]}",
-                "an answer from every process of the group",
-                why="a process of the group has ended, hangs, or did not come to this exchange in time, and torch does "
-                f"not say which; not necessarily this one, rank {self.rank} of {self.size}",
-                try_="the process whose output lacks this error, or that the launcher names as failed first; a longer "
-                "timeout= in init_process_group for slow ones",
+                "an exchange between processes", got, "an answer from every process of the group",
+                why="a process of the group has ended, hangs, or did not come to this exchange in time, and "
+                + (f"torch says: {said}" if lost else unknown),
+                try_=f"the output of {lost or 'the process that lacks this error, or that the launcher names first'}; "
+                "a longer timeout= in init_process_group for slow ones",
             ) from error  # fmt: skip
+
+    def _lost(self, error: str) -> str:
+        """The ranks that do not say within `PATIENCE`, in the group's store, that it failed for them; "" if unknown.
+
+        All connections are ended, as processes that wait for one another would not notice that a third one is lost.
+        """
+        group: Any = dist.group.WORLD if self.group is None else self.group
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        found = [""]
+
+        def ask() -> None:
+            store, began = group.get_group_store(), time.monotonic()
+            if dist.get_global_rank(group, 0) == 0 and not dist.is_torchelastic_launched():
+                found[0] = "rank 0"  # which keeps the store; until that answers
+            store.set(f"fisherkit/{self.rank}", error)
+            for rank in others:
+                with contextlib.suppress(RuntimeError):
+                    dist.irecv(torch.empty(1), group=group, group_src=rank).wait(datetime.timedelta(milliseconds=1))
+            for pause in [PATIENCE / 100] * 100:
+                silent = [rank for rank in others if not store.check([f"fisherkit/{rank}"])]
+                found[0] = ", ".join(f"rank {rank}" for rank in silent)
+                if not silent or (len(silent) == 1 and time.monotonic() - began > PATIENCE / 5):
+                    break
+                time.sleep(pause)
+
+        def asked() -> None:
+            with contextlib.suppress(Exception):  # of a store that has ended
+                ask()
+
+        thread = threading.Thread(target=asked, daemon=True)  # as a store that hangs with its process has no timeout
+        thread.start()
+        thread.join(1.2 * PATIENCE)
+        return found[0]
 
 
 ALONE = Processes()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.commands import Running
+from tests.ranks import free_port
 
 MODULE = """
 import torch
@@ -42,10 +42,7 @@ TIMEOUT = 300
 
 def start(folder: Path, rows: Path, out: Path) -> list[Running]:
     """Two processes of the command, with what torchrun tells them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     words = ["scores", "subject:make", "--fisher", "fisher.safetensors", "--rows", str(rows), "--out", str(out)]
     return [Running(folder, *words, "--top", "8", "--overwrite", **known, RANK=str(rank)) for rank in range(2)]
 

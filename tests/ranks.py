@@ -2,6 +2,7 @@
 
 import datetime
 import multiprocessing
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,11 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["pytest", "fisherkit.optim", "fisherkit.cli", "tests.commands"])
 
 
-def _start(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _start(rank: int, size: int, folder: str, meets: str, function: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
-    )  # fmt: skip
+        "gloo", init_method=meets, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=TIMEOUT)
+    )
     try:
         found = function(rank, size, *arguments)
     except Exception as error:  # noqa: BLE001  the test looks at it
@@ -34,23 +34,38 @@ def _start(rank: int, size: int, folder: str, function: Callable[..., Any], argu
     dist.destroy_process_group()
 
 
-def run(size: int, function: Callable[..., Any], *arguments: Any, alive: bool = True) -> list[Any]:
+def free_port() -> int:
+    """One that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def run(
+    size: int, function: Callable[..., Any], *arguments: Any, lost: int | None = None, by_tcp: bool = False
+) -> list[Any]:
     """What ``function(rank, size, *arguments)`` returns in each process, or its error as a string.
 
     Args:
         size: how many processes.
         function: of a module's top level.
         arguments: for it.
-        alive: whether all processes come to their end; else None stands for those that do not.
+        lost: a rank that does not come to its end, for which None stands.
+        by_tcp: whether they meet at a port of the first process, and not in a file.
     """
     with tempfile.TemporaryDirectory() as folder:
+        meets = f"tcp://127.0.0.1:{free_port()}" if by_tcp else f"file://{folder}/store"
         context = mp.start_processes(
-            _start, (size, folder, function, arguments), nprocs=size, join=False, start_method="forkserver"
+            _start, (size, folder, meets, function, arguments), nprocs=size, join=False, start_method="forkserver"
         )
         assert context is not None
-        for process in context.processes:
-            process.join(4 * TIMEOUT)
-            assert process.exitcode is not None, "a process does not end"
+        for rank, process in enumerate(context.processes):
+            if rank != lost:
+                process.join(4 * TIMEOUT)
+                assert process.exitcode is not None, "a process does not end"
+        if lost is not None:
+            context.processes[lost].kill()
         found = [Path(folder, str(rank)) for rank in range(size)]
-        assert not alive or all(file.exists() for file in found), [p.exitcode for p in context.processes]
-        return [torch.load(file, weights_only=False) if file.exists() else None for file in found]
+        ended = [file.exists() for file in found]
+        assert ended == [rank != lost for rank in range(size)], [p.exitcode for p in context.processes]
+        return [torch.load(file, weights_only=False) if there else None for file, there in zip(found, ended)]

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import datetime
 import functools
 import os
 import pickle
+import signal
 import time
 from typing import Any
 from unittest import mock
@@ -133,14 +135,6 @@ def failing(rank: int, size: int, fault: str) -> tuple[str, float] | None:
         model = network(seed=1)
     if fault == "setting" and rank == 1:
         options = {"normalization": "sum"}
-    if fault == "death" and rank == 1:
-
-        class Dying(list):  # type: ignore[type-arg]
-            def __iter__(self) -> Any:
-                yield data[0]
-                os._exit(3)
-
-        data = Dying(data)
     began = time.monotonic()
     try:
         fisher = fk.EmpiricalFisher(model, data, **options)
@@ -151,6 +145,40 @@ def failing(rank: int, size: int, fault: str) -> tuple[str, float] | None:
     except fk.FisherkitError as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - began
     return None
+
+
+def losing(rank: int, size: int, victim: int, how: str, where: str) -> tuple[str, float]:
+    """What a process says when another one is killed or stopped in a build, a step or a product, and when."""
+    model, data = network(), own_data(rank, size)
+    lose = functools.partial(os.kill, os.getpid(), getattr(signal, how))
+
+    class Losing(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            yield from data[:1]
+            if rank == victim:
+                lose()
+            yield from data[1:]
+
+    if where == "build":
+        ask: Any = functools.partial(fk.EmpiricalFisher, model, Losing(data), structure="kfac")
+    elif where == "step":
+        trained = DistributedDataParallel(model)
+        optimizer = fk.optim.NaturalGradient(trained, lr=0.1, kind="ef", damping=1e-2)
+        x, y = data[0] if data else whole_data()
+        nn.functional.cross_entropy(trained(x), y).backward()
+        ask = optimizer.step
+    else:
+        fisher = fk.EmpiricalFisher(model, data)
+        ask = functools.partial(fisher.matvec, torch.ones(fisher.size, dtype=torch.float64))
+    if rank == victim and where != "build":
+        lose()
+    dist.group.WORLD.set_timeout(datetime.timedelta(seconds=3 if how == "SIGSTOP" else ranks.TIMEOUT))
+    began = time.monotonic()
+    try:
+        ask()
+    except fk.ProcessError as error:
+        return str(error), time.monotonic() - began
+    return "no error", 0.0
 
 
 def subgroups(rank: int, size: int) -> float:
@@ -289,12 +317,23 @@ def test_fault__in_one_process_is_an_error_in_all(found: Any, fault: str) -> Non
         assert "rank 1" in first
 
 
-def test_fault__a_process_that_ends_is_an_error_in_the_others() -> None:
-    first, second = ranks.run(2, failing, "death", alive=False)
-    assert first[0].startswith("ProcessError"), first
-    assert "not necessarily this one, rank 0 of 2" in first[0]
-    assert first[1] < ranks.TIMEOUT
-    assert second is None
+@pytest.mark.parametrize(
+    ("size", "victim", "how", "where", "by_tcp"),
+    [
+        (2, 1, "SIGKILL", "build", False),
+        (4, 1, "SIGKILL", "product", True),
+        (3, 0, "SIGSTOP", "step", True),
+    ],
+)
+def test_fault__a_process_that_is_lost_is_named_by_all_others(
+    size: int, victim: int, how: str, where: str, by_tcp: bool
+) -> None:
+    found = ranks.run(size, losing, victim, how, where, lost=victim, by_tcp=by_tcp)
+    for rank, answer in enumerate(found):
+        if rank != victim:
+            said, seconds = answer
+            assert f"no answer from rank {victim} of {size}" in said
+            assert seconds < 20, "the timeout, if it was stopped, and some seconds"
 
 
 def sent(rank: int, size: int, structure: str, batches: int) -> tuple[int, int]:
