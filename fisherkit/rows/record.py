@@ -162,7 +162,8 @@ class Recorder(TorchFunctionMode):
                 args, kwargs = _with_constants(args, kwargs)
             self.casts = self.casts or func == _SET_DATA
         given = tensors(args, kwargs)
-        if True in map(_IS_NESTED, given):  # whose axes no rule knows
+        if True in map(_IS_NESTED, given) or _transformed():  # whose axes no rule knows
+            self.tracker.met = True
             self._leave(self._derivations.among(given))
             return func(*args, **kwargs)
         own, graph = self._derivations.among(given), torch.is_grad_enabled()
@@ -425,6 +426,11 @@ def _in_place(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 def _packs() -> bool:
     """Whether someone's code keeps the tensors that functions save for a backward pass."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func, as vmap, runs the function."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str, default: Any = None) -> Any:
