@@ -6,7 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from fisherkit.rows.differentiable import HOOKS_FIRE, OWN_PASS
+from fisherkit.rows.differentiable import HOOKS_FIRE, OWN_PASS, uncompiled
 from fisherkit.rows.record import Recorder
 
 Begins: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Recorder | None]
@@ -87,8 +87,7 @@ class Watch:
         if self._frame is None or _is_running(self._frame):
             return
         self._frame, self._depth = None, 0
-        while self._active:
-            leave(self._active.pop())
+        _leave_all(self._active)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tidy()
@@ -102,6 +101,9 @@ class Watch:
         recorder = begins(args, kwargs)
         if recorder is not None:
             self._active.append(recorder)
+            if not _UNCOMPILED:
+                _STANCE.enter_context(uncompiled())
+            _UNCOMPILED.append(recorder)
             recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, output: Any) -> None:
@@ -111,12 +113,15 @@ class Watch:
         self._frame, ends = None, self._ends()
         if not self._active:
             return
-        leave(self._active.pop())
+        _leave_all(self._active)
         if ends is not None:
             ends(output)
 
 
 _LIVE: weakref.WeakSet[Watch] = weakref.WeakSet()
+_STANCE = ExitStack()
+_UNCOMPILED: list[Recorder] = []
+"""Recorders of calls that run now, which are left in any order; until the last is, nothing is compiled."""
 
 
 class _Hook:
@@ -166,5 +171,12 @@ def _is_running(frame: FrameType) -> bool:
 def _remove(handles: list[Any], active: list[Recorder]) -> None:
     for handle in handles:
         handle.remove()
+    _leave_all(active)
+
+
+def _leave_all(active: list[Recorder]) -> None:
     while active:
-        leave(active.pop())
+        leave(active[-1])
+        _UNCOMPILED.remove(active.pop())
+        if not _UNCOMPILED:
+            _STANCE.close()

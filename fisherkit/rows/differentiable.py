@@ -7,10 +7,11 @@ gradients in half precision away from underflow and overflow. Knows no rows.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from operator import is_
 from typing import Any
@@ -45,7 +46,7 @@ _SMALL = 1 << 20
 def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradients on, frozen parameters differentiable, attention's fused inference kernel off; all put back after.
 
-    Reentrant checkpoints run plainly: their graph hides the parameters inside.
+    Reentrant checkpoints run plainly: their graph hides the parameters inside. Compiled parts run as they were written.
     """
     token = OWN_PASS.set(True)
     flags = [p.requires_grad for p in parameters]
@@ -56,7 +57,7 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
         for p, flag in zip(parameters, flags, strict=True):
             if not flag:
                 p.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad(), kept_whole(model), _plain_checkpoints():
+        with torch.inference_mode(False), torch.enable_grad(), kept_whole(model), _plain_checkpoints(), uncompiled():
             yield
     finally:
         if HOOKS_FIRE in warnings.filters:  # which a model may have reset
@@ -66,6 +67,13 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
         for p, flag in zip(parameters, flags, strict=True):
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled parts run as they were written: no compiler sees the functions that watch them."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def pulled_back(z: Tensor, inputs: Sequence[Any], v: Tensor, *, keep: bool = True) -> tuple[Tensor | None, ...]:
