@@ -379,6 +379,11 @@ def adapted(x: Tensor, w: Tensor) -> Tensor:
     return torch.vmap(one)(x)
 
 
+def each(x: Tensor, w: Tensor) -> Tensor:
+    """Every example as a batch of its own, with what is made of a parameter alone."""
+    return torch.vmap(lambda one: torch.cat([w.tanh()[:1].expand(len(one), 3), one]).sum(0) @ w.mT)(x.unsqueeze(1))
+
+
 def nested(x: Tensor, w: Tensor, *, layout: torch.layout) -> Tensor:
     rows = torch.nested.as_nested_tensor(list(x), layout=layout)
     return torch.nested.to_padded_tensor(F.linear(rows, w).relu(), 0.0).sum(1)
@@ -393,10 +398,11 @@ SEQUENCES = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0), dty
     [
         (jacobian, X, {}),
         (adapted, X, {}),
+        (each, X, {}),
         (nested, SEQUENCES, {"layout": torch.jagged}),
         (nested, SEQUENCES, {"layout": torch.strided}),
     ],
-    ids=["jacobian", "adapted", "jagged", "strided"],
+    ids=["jacobian", "adapted", "each", "jagged", "strided"],
 )
 def test_transforms_and_nested_tensors__in_forward_are_taken(
     function: Callable[..., Tensor], x: Tensor, settings: dict[str, Any], options: dict[str, Any]

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fisherkit as fk
 from fisherkit.errors import ModelError
 from fisherkit.kinds import KINDS
+from tests import by_hand
 from tests.bad_input import X, Y, mlp, normal, wrapped
 from tests.optim_cases import close
 from tests.optim_loops import backward, each_setting, expected, flat, natural, train
@@ -396,6 +397,21 @@ def test_compiled__models_that_the_optimizer_was_made_for_step_as_others_do(part
     close(*ends)
     watched(X)
     assert compiled
+    torch._dynamo.reset()
+
+
+def test_compiled__parts_of_a_model_run_as_they_were_written() -> None:
+    graphs: list[Any] = []
+    model = nn.Sequential(nn.Linear(X.shape[1], 4), nn.LayerNorm(4), nn.Linear(4, 3)).to(X)
+    j = by_hand.rows(model, (X, Y))
+    model[1] = torch.compile(model[1], backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    close(fk.EmpiricalFisher(model, (X, Y)).to_dense(), j.mT @ j / len(j))
+    optimizer = fk.optim.NaturalGradient(model, lr=1.0, kind="ef", damping=1e-2)
+    close(by_hand.stepped(model, optimizer, X, Y), by_hand.natural(j, 1e-2))
+    assert not graphs
+    optimizer.close()
+    model(X)
+    assert graphs
     torch._dynamo.reset()
 
 

@@ -90,7 +90,22 @@ class Rolled(nn.Module):
         return self.head(torch.roll(torch.roll(h, 1, dims=()), -1, dims=()))
 
 
-@pytest.mark.parametrize("net", [Swapping, Parted, Recurrent, Unbatched, Rolled])
+class Sides(nn.Module):
+    """Examples of two sorts apart, each with one table of places that the first two do not share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(5, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, high = x.new_zeros(len(x), 3), x[:, 0] > 0.15
+        for part, scale in ((high, 1.0), (~high, 0.5)):
+            h = torch.tanh(x[part].unflatten(1, (2, 2)) + self.places(torch.arange(2)))
+            z = z.index_put((part.nonzero().squeeze(1),), scale * self.head(h.flatten(1)))
+        return z
+
+
+@pytest.mark.parametrize("net", [Swapping, Parted, Recurrent, Unbatched, Rolled, Sides])
 @pytest.mark.parametrize("chunk_size", [None, 4, 3, 1])
 def test_fisher__is_the_reference_s(net: type[nn.Module], chunk_size: int | None) -> None:
     torch.manual_seed(0)

@@ -49,6 +49,8 @@ Operands = Sequence[tuple[Tensor, Derived]]
 """Tensors made of chosen parameters among a function's arguments."""
 
 _IS_NESTED = attrgetter("is_nested")
+_TRANSFORM = torch._C._functorch.peek_interpreter_stack
+"""The innermost of torch.func's transforms, as vmap, that runs now."""
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
@@ -163,7 +165,8 @@ class Recorder(TorchFunctionMode):
                 args, kwargs = _with_constants(args, kwargs)
             self.casts = self.casts or func == _SET_DATA
         given = tensors(args, kwargs)
-        if True in map(_IS_NESTED, given):  # whose axes no rule knows
+        if True in map(_IS_NESTED, given) or _TRANSFORM() is not None:  # whose axes no rule knows
+            self.tracker.met = True
             self._leave(self._derivations.among(given))
             return func(*args, **kwargs)
         own, graph = self._derivations.among(given), torch.is_grad_enabled()

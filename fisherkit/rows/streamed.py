@@ -191,7 +191,7 @@ def products_before_rows(plan: Plan, vectors: int, examples: int) -> float:
     for unit in plan.units:
         shape = unit.shape if isinstance(unit, RuledUnit) else None
         factored = isinstance(unit, RuledUnit) and shape is not None and not unit.stored
-        forward, numbers = math.prod(shape or [unit.numbers]), unit.numbers_per_example(vectors)
+        forward, numbers = math.prod(shape or [unit.written]), unit.numbers_per_example(vectors)
         making += (1 + (1 if factored else 2) * vectors // unit.fold) * forward + MOVED * numbers
         saved += 5 * forward - 2 * (forward if factored else numbers) - 2 * MOVED * numbers
     making, saved = examples * making + PASS, examples * saved + PASS

@@ -53,12 +53,13 @@ class Unit:
     """A parameter without a rule, whose rows take so many ``numbers``, written out; several only in ruled units.
 
     ``reason`` is why it is handled as it is, for `coverage`; ``without_use`` if no function was seen to use it.
+    ``written`` of the numbers are kept: of a table, those that an example looks up.
     ``fold`` positions of an example are examples of their own here, each with its share of the vectors.
     """
 
     def __init__(self, names: tuple[str, ...], reason: str, numbers: int, *, without_use: bool = False) -> None:
         self.names, self.reason, self.numbers, self.without_use = names, reason, numbers, without_use
-        self.fold = 1
+        self.fold, self.written = 1, numbers
         self._known = frozenset(names)
 
     def copied(self) -> Unit:
@@ -167,7 +168,7 @@ class RuledUnit(Unit):
             self.inputs = rows.numbers[0].numel() // rows.activations.shape[0]
         elif isinstance(rows, SparseRows):
             positions = sum(pulled.uses[i].lead.numel() for i in own) // rows.count
-            self.numbers = positions * (rows.values.shape[1] + 2)
+            self.written = positions * (rows.values.shape[1] + 2)
 
     def confirmed(self, pulled: Pulled, rows: UnitRows, weight: torch.Size) -> Unit:
         """Itself, with its sizes known; ``weight`` is the shape of its first parameter."""
@@ -207,7 +208,7 @@ class RuledUnit(Unit):
     def numbers_per_example(self, vectors: int) -> int:
         """As in `Unit`; the activations are shared by an example's rows."""
         if self.shape is None or self.stored:
-            return vectors * self.numbers
+            return vectors * self.written
         t, _, o = self.shape
         return self.inputs + vectors // self.fold * t * o
 
