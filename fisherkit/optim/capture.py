@@ -166,7 +166,8 @@ class Capture:
         watched = Watched.seen(recorder, z)
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
-        hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
+            watched = replace(watched)  # of which nothing has been decided by this plan
+        hidden = watched.once("hidden", lambda: [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)])
         cut = [name for name in hidden if name in recorder.without_graph]
         if cut or plan not in self._seen:
             self._seen.add(plan)
@@ -247,7 +248,7 @@ class Capture:
         Cost: as of `BatchChecks`, and a forward pass of the batch where the user's does not serve.
         """
         chance = seen.random or seen.drawn
-        known = seen.replaced(drawn=False, numbers=batch.size if seen.drawn else seen.numbers)
+        known = seen.replaced(drawn=False, numbers=batch.size) if seen.drawn else seen
         if not self._checks.is_due(plan, batch.size, known):
             return
         batch = batch.to(device := plan.example_parameter.device)
@@ -270,6 +271,8 @@ class Capture:
 
     def _refuse_nonlinear(self, plan: Plan, seen: Watched, coupled: list[str]) -> None:
         """Refuse rows that a backward pass which is not linear would not have."""
+        if not (plan.nonlinear or plan.may_be_nonlinear(seen)):
+            return
         # Rows along the gradient are multiples of the user's, but for those without a rule.
         ruled = {name for unit in plan.ruled for name in unit.names}
         multiples = self.rule.along_gradient and not coupled
