@@ -249,7 +249,9 @@ class Capture:
         """
         chance = seen.random or seen.drawn
         known = seen.replaced(drawn=False, numbers=batch.size) if seen.drawn else seen
-        if not self._checks.is_due(plan, batch.size, known):
+        bare = seen.decided_before if seen.bare else {}  # of the same pass, once compared, nothing is asked again
+        if bare.get("compared") is self._checks or not self._checks.is_due(plan, batch.size, known):
+            bare["compared"] = self._checks
             return
         batch = batch.to(device := plan.example_parameter.device)
         alike = not (chance or coupled or torch.is_autocast_enabled(device.type))
