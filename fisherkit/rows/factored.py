@@ -67,6 +67,10 @@ class FactoredRows(UnitRows):
                 for some, met in zip(tile.split(LONGEST, 1), columns.split(LONGEST), strict=True):
                     result += product(some, met)
             return result if offset is None else result.addmm_(self.gradients.sum(1), offset)
+        if u.shape[1] == 1 and isinstance(self.activations, Tensor):
+            columns, inputs = weight[:, :, 0].mT, self.activations.reshape(n * t, i)
+            whole = inputs @ columns if offset is None else torch.addmm(offset[:, 0], inputs, columns)
+            return self._meet(whole.view(n, t * self.outputs, 1))
         found = []
         for span in spans(u.shape[1], self.count * t * self.outputs):
             columns = weight[..., span].permute(1, 0, 2).reshape(i, -1)
@@ -89,7 +93,7 @@ class FactoredRows(UnitRows):
                 torch.mm(self.gradients.sum(1).mT, w, out=offset)
             return out
         if w.shape[1] == 1 and isinstance(self.activations, Tensor) and not self.transposed:
-            weighed = self.gradients * w.unsqueeze(1) if self.each == 1 else self._weigh(w)
+            weighed = self._weighed(w, n)
             weighed, size = weighed.reshape(n * t, self.outputs).mT, self.outputs * i
             torch.mm(weighed, self.activations.reshape(n * t, i), out=out[:size].view(self.outputs, i))
             if self.bias:
@@ -285,8 +289,14 @@ class FactoredRows(UnitRows):
             # A product and a pairwise sum: over many positions and outputs, one long dot product loses digits.
             return (g.unsqueeze(2) * x).sum(1)
         if self.each:
-            return (g.reshape(x.shape[0], self.each, -1) @ x).flatten(0, 1)
+            return torch.bmm(g.reshape(x.shape[0], self.each, -1), x).flatten(0, 1)
         return (g.unsqueeze(1) @ x[self.example]).squeeze(1)
+
+    def _weighed(self, w: Float[Tensor, "R 1"], examples: int) -> Float[Tensor, "..."]:
+        """`_weigh` of one column, in any shape."""
+        if self.each > 1:
+            return torch.bmm(w.reshape(examples, 1, self.each), self.gradients.reshape(examples, self.each, -1))
+        return self.gradients * w.unsqueeze(1) if self.each else self._weigh(w)
 
     def _weigh(self, w: Float[Tensor, "R K"]) -> Float[Tensor, "N T K O"]:
         """Σ_r w_r g_r over the rows of every example."""
