@@ -174,9 +174,7 @@ class Basis:
         self.whole = tuple(name for name in fisher.space.names if name not in taken)
         rest = fisher.space.restrict(self.whole) if self.whole else ParameterSpace((), ())
         shapes = tuple((len(layer.tensors["values"]),) for layer in layers)
-        self.space = ParameterSpace(
-            tuple(layer.names[0] for layer in layers) + rest.names, shapes + rest.shapes
-        )  # fmt: skip
+        self.space = ParameterSpace(tuple(layer.names[0] for layer in layers) + rest.names, shapes + rest.shapes)
         blocks: list[FisherOperator] = [
             DiagonalOperator(self.space.restrict(layer.names[:1]), layer.tensors["values"].to(fisher.dtype))
             for layer in layers
