@@ -63,12 +63,11 @@ class Compression:
     checked: int
 
     def __str__(self) -> str:
+        whole = f"; whole in {len(self.whole):,} parameters without factors" if self.whole else ""
         return (
             f"{self.bytes:,} bytes an example and not {self.whole_bytes:,}; {100 * self.captured:.3g}% of their "
             f"square in (F + λI)⁻¹; scores off by {self.error:.2g} (median; largest {self.worst:.2g}), rank "
-            f"correlation {self.rank_correlation:.3g}, on {self.checked:,} examples"
-            + f"; whole in {len(self.whole):,} parameters without factors"
-            * bool(self.whole)
+            f"correlation {self.rank_correlation:.3g}, on {self.checked:,} examples{whole}"
         )
 
 
@@ -310,9 +309,8 @@ def check_compress(compress: object, *, token: bool) -> None:
         )  # fmt: skip
     if is_integer(compress):
         check_count(CALL, "compress", compress)
-    else:
-        if check_number(CALL, "compress", compress, most=1) == 0:
-            raise InvalidArgumentError(CALL, "compress=0.0", "a share above 0, or a count from 1 on")
+    elif check_number(CALL, "compress", compress, most=1) == 0:
+        raise InvalidArgumentError(CALL, "compress=0.0", "a share above 0, or a count from 1 on")
 
 
 # -- the error ---------------------------------------------------------------------------------------------------------
