@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
             value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
         )
     if isinstance(value, io.State):
-        return plain([value.kind, value.names, value.tensors, value.options, value.children])
+        return plain([value.tag, value.names, value.tensors, value.options, value.children])
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
