@@ -207,7 +207,7 @@ def rule_of(
     except (InvalidArgumentError, InvalidTypeError) as error:
         if not written:
             raise
-        why = f"the setting must be {error.expected.removesuffix(', or None')}"
+        why = f"its {error.got.partition('=')[0]} must be {error.expected.removesuffix(', or None')}"
         raise InvalidArgumentError(call, f"kind={kind!r}", expected(), why=why) from error
 
 
