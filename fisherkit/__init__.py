@@ -35,14 +35,7 @@ from fisherkit.errors import (
     UnknownParameterError,
 )
 from fisherkit.fisher import FisherApproximation, build_file, plan
-from fisherkit.kinds import (
-    KINDS,
-    EmpiricalFisher,
-    ExactFisher,
-    ImprovedEmpiricalFisher,
-    SampledFisher,
-    TruncatedFisher,
-)
+from fisherkit.kinds import KINDS, EmpiricalFisher, ExactFisher, ImprovedEmpiricalFisher, SampledFisher, TruncatedFisher
 from fisherkit.model_state import parameters_hash
 from fisherkit.operators import FisherOperator, RelativeDamping, load
 from fisherkit.outputs import OutputRule, Outputs, OutputVectors

@@ -24,13 +24,7 @@ _ARTICLE = re.compile(r"^a (?=[aeioAEIO](?!ne\b))")
 
 
 def listed(texts: Iterable[str], most: int = 8, separator: str = ", ") -> str:
-    """The first few of a list, and how many more there are.
-
-    Args:
-        texts: in the order of the list.
-        most: how many are shown.
-        separator: between them.
-    """
+    """The first few of a list, and how many more there are."""
     found = list(texts)
     return separator.join(found[:most]) + (f" and {len(found) - most:,} more" if len(found) > most else "")
 
@@ -118,14 +112,7 @@ class MissingPackageError(FisherkitError, ImportError):
 
     @classmethod
     def of(cls, call: str, package: str, extra: str, error: ImportError) -> MissingPackageError:
-        """The error for a package that one of fisherkit's extras brings.
-
-        Args:
-            call: what needs it.
-            package: by the name of its distribution.
-            extra: of fisherkit's.
-            error: as Python raised it.
-        """
+        """The error for a package, by its distribution's name, that one of fisherkit's extras brings."""
         needed, advice = f"{package}, which only this part of fisherkit needs", f'pip install "fisherkit[{extra}]"'
         return cls(call, f"no {package} ({error})", needed, try_=advice)
 
@@ -143,12 +130,7 @@ _INSIDE = ("fisherkit", "torch", "contextlib", "functools", "beartype", "jaxtypi
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the user's own line, the nearest one outside of the package and of what calls it.
-
-    Args:
-        text: of the warning.
-        category: its class.
-    """
+    """Warn at the user's own line, the nearest one outside of the package and of what calls it."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         frame, level = frame.f_back, level + 1

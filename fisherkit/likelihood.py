@@ -127,11 +127,9 @@ class Likelihood(ABC):
 
     @abstractmethod
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... channels"]) -> Tensor:
-        """Targets drawn from p(y | z), one for each leading index, by inverse distribution functions.
+        """Targets drawn from p(y | z), one for each leading index, by inverse distribution functions of the numbers.
 
-        Args:
-            z: outputs.
-            uniform: numbers in (0, 1), `channels(C)` of them for each draw.
+        These lie in (0, 1), `channels(C)` of them for each draw.
         """
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
@@ -195,9 +193,7 @@ class Likelihood(ABC):
     def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
         """Σ_n D_n^½ S Sᵀ D_n^½ over positions, by products with unit vectors a few at a time.
 
-        Args:
-            z: outputs of the positions.
-            root: the diagonals of D^½, as `hessian_scale` says; None for ones.
+        ``root`` has the diagonals of D^½, as `hessian_scale` says; None for ones.
         """
         n, c = z.shape
         unit = torch.eye(c, dtype=z.dtype, device=z.device)
@@ -255,12 +251,7 @@ class Likelihood(ABC):
         return moved.reshape(z.shape[0], -1, moved.shape[-1])
 
     def as_outputs(self, v: Float[Tensor, "*lead B P C"], shape: torch.Size) -> Float[Tensor, "..."]:
-        """The inverse of `positions`, over any leading axes.
-
-        Args:
-            v: as positions by outputs.
-            shape: of the model's outputs.
-        """
+        """The inverse of `positions`, over any leading axes, for model outputs of a shape."""
         lead = v.shape[:-3]
         if len(shape) < 3:
             return v.reshape(*lead, *shape)
@@ -271,16 +262,10 @@ class Likelihood(ABC):
     def check_reading(  # noqa: B027  (a default, not a duty)
         self, z: Tensor, target: Tensor | None, inputs: list[Tensor], call: str
     ) -> None:
-        """Refuse outputs that can be read in two ways.
-
-        Args:
-            z: the model's outputs.
-            target: as the data have it.
-            inputs: the model's inputs, the batch along axis 0.
-            call: for errors.
+        """Refuse the model's outputs if they can be read in two ways, as far as targets and inputs ``[B, ...]`` tell.
 
         Raises:
-            DataError: they can be read in two ways.
+            DataError: they can.
         """
 
     def prepare(self, z: Tensor, target: Tensor | None, call: str) -> Prepared:

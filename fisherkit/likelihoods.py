@@ -67,24 +67,19 @@ class _Separate(Likelihood):
         return torch.diag_embed(self._curvature(z).sqrt())
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """The number of outputs."""
         return z.shape[-1]
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
-        """Multiples of unit vectors."""
         place = index.unsqueeze(-1)
         return torch.zeros_like(z).scatter(-1, place, self._curvature(z).sqrt().gather(-1, place))
 
     def hessian_matmul(self, z: Float[Tensor, "... C"], w: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Elementwise products with h."""
         return self._curvature(z) * w
 
     def hessian_diagonal(self, z: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """The whole of H: h."""
         return self._curvature(z)
 
     def hessian_sum(self, z: Float[Tensor, "n C"], root: Float[Tensor, "n #C"] | None = None) -> Float[Tensor, "C C"]:
-        """The diagonal matrix of Σ h."""
         h = self._curvature(z)
         return torch.diag((h if root is None else h * root.square()).sum(0))
 
@@ -139,7 +134,6 @@ class Gaussian(_Separate):
         return 1 / _like(self.variance, z)
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """½ Σ (z − y)² / σ²."""
         return (0.5 * (z - self.fitting(z, target)).square() * self._weight(z)).sum(-1)
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
@@ -167,7 +161,6 @@ class GaussianNLL(Gaussian):
         self.eps = check_number("GaussianNLL", "eps", eps)
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """½ Σ ((z − y)² / σ² + log σ²)."""
         y, variance = self.fitting(z, target, 2).chunk(2, -1)
         return F.gaussian_nll_loss(z, y, variance, eps=self.eps, reduction="none").sum(-1)
 
@@ -237,7 +230,6 @@ class Poisson(_Separate):
     _slope = _mean
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """Σ exp(z) − y z."""
         return (z.exp() - self.fitting(z, target) * z).sum(-1)
 
     def sample(self, z: Float[Tensor, "... C"], uniform: Float[Tensor, "... C"]) -> Tensor:
@@ -283,16 +275,13 @@ class Bernoulli(_Separate):
 
     @Derived
     def unlikely(self) -> str:
-        """Whether weights make it no −log p."""
         return "" if self.pos_weight is self.weight is None else WEIGHTED
 
     @Derived
     def hessian_of_targets(self) -> bool:
-        """Whether positives have another weight."""
         return self.pos_weight is not None
 
     def loss(self, z: Float[Tensor, "... C"], target: Tensor) -> Float[Tensor, "..."]:
-        """Σ w (binary cross-entropy with logits)."""
         target = self.fitting(z, target)
         positive = None if self.pos_weight is None else torch.as_tensor(self.pos_weight).to(z)
         losses = F.binary_cross_entropy_with_logits(z, target, pos_weight=positive, reduction="none")
@@ -378,12 +367,10 @@ class Categorical(Likelihood):
 
     @Derived
     def unlikely(self) -> str:
-        """Whether weights make it no −log p."""
         return WEIGHTED if self.hessian_of_targets else ""
 
     @Derived
     def hessian_of_targets(self) -> bool:
-        """Whether classes have weights."""
         return self.weight is not None
 
     @property
@@ -443,7 +430,6 @@ class Categorical(Likelihood):
         return factor
 
     def hessian_rank(self, z: Float[Tensor, "n C"]) -> int:
-        """The number of classes less one."""
         return z.shape[-1] - 1
 
     def hessian_columns(self, z: Float[Tensor, "n C"], index: Int[Tensor, "n"]) -> Float[Tensor, "n C"]:
@@ -512,7 +498,6 @@ class Categorical(Likelihood):
         return (cumulative < uniform[..., :1]).sum(-1).clamp_max(z.shape[-1] - 1)
 
     def channels(self, outputs: int) -> int:
-        """One uniform number for each draw."""
         return 1
 
     def drawn_gradient(self, z: Float[Tensor, "... C"], label: Tensor) -> Float[Tensor, "... C"]:
@@ -560,7 +545,6 @@ class Categorical(Likelihood):
 
     @property
     def few_axes(self) -> bool:
-        """Whether the user has not said where the classes are."""
         return not self._chosen
 
     def check_reading(self, z: Tensor, target: Tensor | None, inputs: list[Tensor], call: str) -> None:

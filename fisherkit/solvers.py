@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fisherkit import io
-from fisherkit.arguments import is_integer
+from fisherkit.arguments import check_count, check_number, is_integer
 from fisherkit.arithmetic import MatMat, checked_product, without_autocast
 from fisherkit.errors import FileFormatError, InvalidArgumentError, NonFiniteError, NotConvergedWarning, warn
 
@@ -326,18 +326,13 @@ def _column_scale(rhs: Float[Tensor, "D K"]) -> Float[Tensor, " K"]:
 
 def _check_arguments(rhs: Tensor, damping: float, tolerance: float, max_steps: int | None) -> None:
     """Raise for arguments that would end as NaN or as a wrong answer."""
-
-    def refuse(argument: str, got: str, expected: str, try_: str = "") -> InvalidArgumentError:
-        return InvalidArgumentError(f"conjugate_gradient({argument})", got, expected, try_=try_)
-
+    call = "conjugate_gradient"
     if rhs.ndim != 2 or rhs.numel() == 0:
-        raise refuse("rhs", f"shape {list(rhs.shape)}", "a non-empty [D, K]", "rhs.unsqueeze(1) for one column")
-    if not (math.isfinite(damping) and damping >= 0):
-        raise refuse(f"damping={damping}", str(damping), "a finite number >= 0")
-    if not 0 < tolerance < 1:
-        raise refuse(f"tolerance={tolerance}", str(tolerance), "0 < tolerance < 1, relative to the norm of rhs")
-    if max_steps is not None and max_steps < 1:
-        raise refuse(f"max_steps={max_steps}", str(max_steps), "an integer >= 1")
+        advice = "rhs.unsqueeze(1) for one column"
+        raise InvalidArgumentError(f"{call}(rhs)", f"shape {list(rhs.shape)}", "a non-empty [D, K]", try_=advice)
+    check_number(call, "damping", damping)
+    check_number(call, "tolerance", tolerance, most=1, above=True, below=True, why="it is relative to the norm of rhs")
+    check_count(call, "max_steps", max_steps, optional=True)
     if count := int((~torch.isfinite(rhs)).sum()):
         raise NonFiniteError(
             "conjugate_gradient(rhs)", f"{count} NaN or infinite of {rhs.numel()} entries", "finite numbers",

@@ -29,7 +29,6 @@ class EmpiricalVectors(OutputRule):
     gradient_power = 0.0
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """The loss gradient."""
         return OutputVectors(outputs.gradient().unsqueeze(1))
 
 
@@ -43,7 +42,6 @@ class ImprovedVectors(OutputRule):
         self.power = self.gradient_power = check_number("ImprovedEmpiricalFisher", "power", power, most=1)
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """The loss gradient over a power of its norm."""
         u = outputs.gradient()
         # The largest entry goes first: the square of a tiny gradient would underflow, the ratio does not.
         largest = u.flatten(1).abs().amax(1)[:, None, None]
@@ -72,11 +70,9 @@ class SampledVectors(OutputRule):
         self.seed = check_number(call, "seed", seed, least=-math.inf, integer=True)
 
     def with_seed(self, seed: int) -> SampledVectors:
-        """The same number of draws with another seed."""
         return SampledVectors(self.draws, seed)
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """Gradients at drawn labels, repeats merged."""
         likelihood, z = outputs.likelihood, outputs.z
         likelihood.refuse_sampling()
         channels = likelihood.channels(z.shape[2])
@@ -92,7 +88,6 @@ class SampledVectors(OutputRule):
         return OutputVectors(v * (weight / self.draws).sqrt().to(z.dtype)[:, :, None, None], weight > 0)
 
     def kind_options(self) -> dict[str, str]:
-        """Draws and seed."""
         return {**super().kind_options(), "seed": str(self.seed)}
 
 
@@ -104,7 +99,6 @@ class ExactVectors(OutputRule):
     needs_targets: ClassVar[bool] = False
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """Columns of a square root of the output Hessian."""
         return OutputVectors(outputs.hessian_vectors())
 
     @property
@@ -141,12 +135,10 @@ class TruncatedVectors(OutputRule):
         return True
 
     def output_vectors(self, outputs: Outputs) -> OutputVectors:
-        """Gradient first, then pivots."""
         return truncated_vectors(outputs, self.rank, self.tolerance)
 
     @property
     def along_gradient(self) -> bool:
-        """Whether the rank is 1."""
         return self.rank == 1
 
 
@@ -215,7 +207,7 @@ def rule_of(
     except (InvalidArgumentError, InvalidTypeError) as error:
         if not written:
             raise
-        why = f"the setting must be {error.expected.removesuffix(', or None')}"
+        why = f"its {error.got.partition('=')[0]} must be {error.expected.removesuffix(', or None')}"
         raise InvalidArgumentError(call, f"kind={kind!r}", expected(), why=why) from error
 
 

@@ -126,9 +126,7 @@ def test_operations__are_the_same_inside(structure: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_small_damping__keeps_its_digits_inside(structure: str) -> None:
     torch.manual_seed(0)
-    own = nn.Sequential(
-        nn.Embedding(20, 8), nn.Flatten(), nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4)
-    )  # fmt: skip
+    own = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
     own_data = torch.randint(20, (64, 3)), torch.randint(4, (64,))
     fisher = fk.EmpiricalFisher(own, own_data, structure=structure)
     v = torch.randn(fisher.size)

@@ -102,12 +102,7 @@ def test_torchrun__is_for_estimate_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_table__aligns_text_left_and_numbers_right() -> None:
-    assert table(("name", "n"), [("a", "10"), ("bcdef", "9")]) == (
-        "name    n\n"
-        "-----  --\n"
-        "a      10\n"
-        "bcdef   9"
-    )  # fmt: skip
+    assert table(("name", "n"), [("a", "10"), ("bcdef", "9")]) == ("name    n\n-----  --\na      10\nbcdef   9")
 
 
 @pytest.mark.parametrize(

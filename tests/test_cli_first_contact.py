@@ -188,7 +188,7 @@ def test_merge__refuses_in_the_commands_own_words(
 
 FLAGS = {"damping": "--damping", "uncovered": "--uncovered", "overwrite": "--overwrite", "out": "--out",
          "normalize": "--normalize", "weights": "--weights", "dtype": "--dtype", "params": "--params",
-         "structure": "--structure", "center": "--center"}  # fmt: skip
+         "structure": "--structure", "center": "--center", "kind": "--kind"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,7 @@ def test_flags__are_what_the_package_says_to_python(python: str, typed: str) -> 
         ('storage="rows"; a larger one, or storage="stream", or weights=None', "a larger one, or --weights none"),
         ('policy=MergePolicy(uncovered="average"), or "first"', '--uncovered average, or "first"'),
         ("group=False", ""),
+        ("fk.merging.line_search, with a loss; fk.ExactFisher", "--kind exact"),
     ],
 )
 def test_flags__only_ways_that_the_command_has_are_advised(python: str, typed: str) -> None:

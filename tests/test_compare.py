@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit import build
 from fisherkit.evaluation import QualityRow, QualityTable, average, compare, plot_damping
+from fisherkit.structures import Block, Full, base
 from tests import snapshot
 from tests.reference import updates as reference
 from tests.test_evaluation import line
@@ -99,6 +100,16 @@ def test_compare__in_blocks_is_the_formulas_module_by_module(kind: str) -> None:
     row = compare(model, batch, kinds=(kind,), structures=("block",), gram_dampings=(1e-3,)).rows[0]
     gamma = reference.quality(torch.cat(pieces), reference.exact_fisher(outputs, p), losses.sum(0))
     assert row.gamma == pytest.approx(gamma, rel=1e-7)
+
+
+def test_compare__asks_what_a_structure_is_and_not_for_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_BY_NAME", dict(base._BY_NAME))
+    for parent in (Full, Block):
+        type(f"Own{parent.__name__}", (parent,), {"name": f"own {parent.name}", "__module__": __name__})
+    structures = ("full", "own full", "block", "own block")
+    rows = compare(network(), data(), kinds=("ief", "exact"), structures=structures, gram_dampings=(1e-3,)).rows
+    gammas = [row.gamma for row in rows]
+    assert gammas[:2] + gammas[4:6] == gammas[2:4] + gammas[6:8]
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "kfac", "ekfac"])
@@ -370,11 +381,11 @@ def test_table__takes_whole_numbers_where_others_write_them() -> None:
     [
         ({"kinds": ("newton",)}, fk.InvalidArgumentError, "expected one of ['sgd', 'ef'"),
         ({"kinds": ("ef:2",)}, fk.InvalidArgumentError, "'ef' has no setting"),
-        ({"kinds": ("sf:0",)}, fk.InvalidArgumentError, "draws=0, not an integer, 1 or more"),
-        ({"kinds": ("truncated:0",)}, fk.InvalidArgumentError, "rank=0, not an integer, 1 or more"),
-        ({"kinds": ("truncated:1.5",)}, fk.InvalidArgumentError, "tolerance=1.5, not a number from 0 to below 1"),
+        ({"kinds": ("sf:0",)}, fk.InvalidArgumentError, "draws must be an integer, 1 or more"),
+        ({"kinds": ("truncated:0",)}, fk.InvalidArgumentError, "rank must be an integer, 1 or more"),
+        ({"kinds": ("truncated:1.5",)}, fk.InvalidArgumentError, "tolerance must be a number from 0 to below 1"),
         ({"kinds": ("truncated:",)}, fk.InvalidArgumentError, "got kind='truncated:'"),
-        ({"kinds": ("ief:2",)}, fk.InvalidArgumentError, "power=2, not a number from 0 to 1"),
+        ({"kinds": ("ief:2",)}, fk.InvalidArgumentError, "power must be a number from 0 to 1"),
         ({"kinds": "ef"}, fk.InvalidTypeError, 'kinds=("...",)'),
         ({"kinds": ("ef", "ief", "ef")}, fk.InvalidArgumentError, "kinds with 'ef' twice"),
         ({"gram_dampings": (1e-3, 1e-3)}, fk.InvalidArgumentError, "gram_dampings with 0.001 twice"),

@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
             value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
         )
     if isinstance(value, io.State):
-        return plain([value.kind, value.names, value.tensors, value.options, value.children])
+        return plain([value.tag, value.names, value.tensors, value.options, value.children])
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -572,9 +572,7 @@ def test_load__accepts_what_the_page_on_the_format_says_of_checksums(tmp_path: P
 # -- headers that nobody writes by accident ----------------------------------------------------------------------------
 
 TREE = {"kind": "diagonal", "names": ["w"], "tensors": {"diagonal": "d"}, "options": {}, "children": []}
-META = {
-    "format": "fisherkit", "version": "1", "space": '{"w": [4]}', "operator": json.dumps(TREE), "metadata": "{}"
-}  # fmt: skip
+META = {"format": "fisherkit", "version": "1", "space": '{"w": [4]}', "operator": json.dumps(TREE), "metadata": "{}"}
 D = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 
 

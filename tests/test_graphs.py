@@ -104,9 +104,7 @@ def test_graph__as_one_element_of_the_batch_has_a_row_a_node(kind: Any, form: ty
         p = z.detach().softmax(0)
         u = p - nn.functional.one_hot(y[node], 3)
         h = p.diag() - torch.outer(p, p)
-        metric = {
-            "ef": torch.outer(u, u), "ief": torch.outer(u, u) / (u @ u), "exact": h
-        }[fisher.metadata["kind"]]  # fmt: skip
+        metric = {"ef": torch.outer(u, u), "ief": torch.outer(u, u) / (u @ u), "exact": h}[fisher.metadata["kind"]]
         jacobian = torch.stack([by_hand.gradient(out, model) for out in z])
         total = total + jacobian.T @ metric @ jacobian
     assert fisher.examples == NODES - 4

@@ -219,14 +219,12 @@ class Bag(nn.Module):
 
 SPARSE: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3)),
-    "padded": lambda: nn.Sequential(
-        nn.Embedding(20, 4, padding_idx=0, sparse=True), nn.Flatten(), nn.Linear(12, 3)
-    ),
+    "padded": lambda: nn.Sequential(nn.Embedding(20, 4, padding_idx=0, sparse=True), nn.Flatten(), nn.Linear(12, 3)),
     "sum": lambda: Bag("sum", True),
     "mean": lambda: Bag("mean", True),
     "dense mean": lambda: Bag("mean", False),
     "dense max": lambda: Bag("max", False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SPARSE)

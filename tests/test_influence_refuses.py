@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()), fk.InvalidArgumentError,
         r"'0.weight': \[5, 4\] and not \[6, 4\]"),
     "other dtype": (lambda: InfluenceScores(fk.EmpiricalFisher(mlp(), DATA), mlp().float()), fk.InvalidTypeError,
-        r"a Fisher of torch.float64; .*Try: model.to\(torch.float64\)"),
+        r"a Fisher of torch.float64; .*Try: the model in torch.float64"),
     "other values": (lambda: InfluenceScores(*with_metadata(parameters_hash="0" * 64)), fk.ModelError,
         "not those that the Fisher"),
     "own likelihood": (lambda: InfluenceScores(*with_metadata(likelihood="weibull")), fk.InvalidArgumentError,

@@ -26,17 +26,7 @@ from fisherkit.operators import (
     SumOperator,
 )
 from fisherkit.space import ParameterSpace
-from tests.operator_cases import (
-    CONV,
-    CONV1D,
-    LAYER,
-    MIXED,
-    block_diagonal,
-    diagonal,
-    kronecker,
-    normal,
-    positive,
-)
+from tests.operator_cases import CONV, CONV1D, LAYER, MIXED, block_diagonal, diagonal, kronecker, normal, positive
 
 F64, F32 = torch.float64, torch.float32
 ONES = torch.ones(15, dtype=F64)

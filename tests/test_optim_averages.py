@@ -235,8 +235,7 @@ def test_update_every__beside_a_summed_loss_divides_by_each_steps_own_examples()
 
 
 @pytest.mark.parametrize(
-    ("kind", "structure"),
-    paired(["ef", "ief", "exact", "truncated"], ["full", "block", "diagonal", "kfac", "ekfac"]),
+    ("kind", "structure"), paired(["ef", "ief", "exact", "truncated"], ["full", "block", "diagonal", "kfac", "ekfac"])
 )
 def test_preconditioner__puts_the_direction_where_the_gradient_was(kind: str, structure: str) -> None:
     of = problem("mlp")

@@ -48,7 +48,7 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], type[fk.FisherkitError], tuple[
     "kind": (lambda: natural(mlp(), kind="kfac"), InvalidArgumentError, ("kind='kfac'", "'ief'")),
     "kind type": (lambda: natural(mlp(), kind=fk.ExactFisher), InvalidTypeError, ("a kind of type", "OutputRule")),
     "kind setting": (lambda: natural(mlp(), kind="truncated:0"), InvalidArgumentError,
-        ("kind='truncated:0'", "'truncated:RANK'", "rank=0")),
+        ("kind='truncated:0'", "'truncated:RANK'", "Its rank must be an integer, 1 or more")),
     "kind twice": (lambda: natural(mlp(), kind="truncated:2", rank=3), InvalidArgumentError,
         ("kind='truncated:2' and rank=", "one of them")),
     "options": (lambda: natural(mlp(), kind="ef", draws=2), InvalidArgumentError,

@@ -9,18 +9,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit import RelativeDamping
 from fisherkit.vectors import TruncatedVectors
-from tests.optim_cases import (
-    backward,
-    close,
-    damped,
-    fisher,
-    flat,
-    jacobian,
-    one_step,
-    places,
-    problem,
-    restore,
-)
+from tests.optim_cases import backward, close, damped, fisher, flat, jacobian, one_step, places, problem, restore
 from tests.reference.fisher import Problem, block_indices
 from tests.reference.fisher import rows as reference_rows
 from tests.reference.outputs import EF

@@ -487,8 +487,6 @@ def test_gradient_momentum__of_a_layer_that_the_first_updates_after_loading_do_n
     straight, resumed = fk.optim.Preconditioner(model, **options), fk.optim.Preconditioner(other, **options)
     last_gradients(straight, model, uses[:1])
     resumed.load_state_dict(straight.state_dict())
-    expected, found = (
-        last_gradients(own, m, uses[1:], 1) for own, m in ((straight, model), (resumed, other))
-    )  # fmt: skip
+    expected, found = (last_gradients(own, m, uses[1:], 1) for own, m in ((straight, model), (resumed, other)))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(resumed.state_dict()["momentum"], straight.state_dict()["momentum"])

@@ -298,9 +298,7 @@ def test_trainer__logs_the_penalty_beside_the_loss_that_contains_it(tmp_path: Pa
         "max_steps": 1,
     }
     found = []
-    for model, trainer in (
-        (frozen, transformers.Trainer), (ewc.model, lambda *a, **k: EWCTrainer(*a, ewc=ewc, **k))
-    ):  # fmt: skip
+    for model, trainer in ((frozen, transformers.Trainer), (ewc.model, lambda *a, **k: EWCTrainer(*a, ewc=ewc, **k))):
         run = trainer(
             model, arguments(tmp_path, 5, 2, **options), train_dataset=data, eval_dataset=data,
             optimizers=(torch.optim.SGD(model.parameters(), 0.0), None),

@@ -422,9 +422,8 @@ class Refilled:
 def test_exact__of_batches_in_one_memory(structure: str, params: list[str] | None) -> None:
     loss, generator = LOSSES["weighted"][0], torch.Generator().manual_seed(0)
     data = [
-        (torch.randn(3, 6, generator=generator).double(), torch.randint(V, (3,), generator=generator))
-        for _ in range(3)
-    ]  # fmt: skip
+        (torch.randn(3, 6, generator=generator).double(), torch.randint(V, (3,), generator=generator)) for _ in range(3)
+    ]
     own, other = (
         fk.ExactFisher(classifier(), batches, likelihood=loss, structure=structure, params=params)
         for batches in (data, Refilled(data))

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 import fisherkit as fk
 from fisherkit.data import Source
 from fisherkit.operators import unwrap
-from fisherkit.operators.low_rank import (
-    FEWEST,
-    MOST,
-    LowRankOperator,
-    SampledInverse,
-    sample_stride,
-)
+from fisherkit.operators.low_rank import FEWEST, MOST, LowRankOperator, SampledInverse, sample_stride
 from fisherkit.rows.streamed import every_kth, every_kth_example
 from fisherkit.solvers import conjugate_gradient
 from tests.small_data import normal

@@ -209,12 +209,7 @@ def test_exact__is_the_hessian_of_the_loss_of_a_linear_model(likelihood: str, po
         return nn.functional.cross_entropy(z.flatten(0, -2), target.flatten(), reduction="sum") / 5
 
     (ww, wb), (bw, bb) = torch.autograd.functional.hessian(mean_loss, (model.weight.detach(), model.bias.detach()))
-    expected = torch.cat(
-        [
-            torch.cat([ww.reshape(12, 12), wb.reshape(12, 4)], 1),
-            torch.cat([bw.reshape(4, 12), bb], 1),
-        ]
-    )
+    expected = torch.cat([torch.cat([ww.reshape(12, 12), wb.reshape(12, 4)], 1), torch.cat([bw.reshape(4, 12), bb], 1)])
     fisher = fk.ExactFisher(model, (x, target), likelihood=likelihood)
     assert error(fisher.to_dense(), expected) < 1e-12
 

@@ -96,10 +96,7 @@ def _parametrization(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [_attribute, _unseen, _forward, _hook, _module, _parametrization])
 def test_verified__anew_when_the_model_has_changed(
-    change: Callable[[nn.Module], None],
-    model: nn.Module,
-    data: tuple[Tensor, Tensor],
-    verifications: list[nn.Module],
+    change: Callable[[nn.Module], None], model: nn.Module, data: tuple[Tensor, Tensor], verifications: list[nn.Module]
 ) -> None:
     fk.EmpiricalFisher(model, data)
     change(model)

@@ -311,8 +311,7 @@ def test_renamed__is_the_same_operator(structure: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "own"),
-    [("module.0.*", "0.*"), (["module.0.weight", "1.bias"], ["0.weight", "1.bias"]), (None, None)],
+    ("params", "own"), [("module.0.*", "0.*"), (["module.0.weight", "1.bias"], ["0.weight", "1.bias"]), (None, None)]
 )
 def test_without_prefix__takes_one_name_as_several(params: Any, own: Any) -> None:
     assert without_prefix(params, PARALLEL) == own

@@ -68,10 +68,7 @@ class Sizes:
         """Random inputs and labels."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.N,) if self.T == 1 else (self.N, self.T)
-        return (
-            torch.randn(*shape, self.width, generator=generator),
-            torch.randint(self.C, shape, generator=generator),
-        )
+        return (torch.randn(*shape, self.width, generator=generator), torch.randint(self.C, shape, generator=generator))
 
 
 AXES: dict[str, tuple[str, list[tuple[int, Sizes]]]] = {
@@ -308,7 +305,7 @@ def tables(result: dict[str, Any]) -> str:
     env = result["environment"]
     lines = [
         f"fisherkit {env['fisherkit']}, torch {env['torch']}, {env['threads']} of {env['cores']} {env['machine']} "
-        f"cores, {env['date']}; measured in {env['seconds']} s.",
+        f"cores, {env['date']}; measured in {env['seconds']} s."
     ]
     for axis, operations in result["axes"].items():
         words, points = AXES[axis]

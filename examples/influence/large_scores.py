@@ -120,10 +120,7 @@ def main() -> None:
         subprocess.run([sys.executable, *sys.argv, "--fit"], check=True)
     model = make_model(options.width)
     model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
-    train, queries = (
-        Batches(options.train, options.width),
-        Batches(options.queries, options.width, start=1_000_000),
-    )
+    train, queries = (Batches(options.train, options.width), Batches(options.queries, options.width, start=1_000_000))
     fisher = fk.load(folder / "fisher.safetensors")
     influence = fk.influence.InfluenceScores(fisher, model.eval(), memory_budget=options.budget_mb * 1_000_000)
     before = peak()

@@ -76,13 +76,13 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
 
 
 def _bare(text: str) -> str:
-    return _WRAPPED.sub(r"\1", _KIND.sub(lambda found: f"--kind {_KINDS[found[1]]}", text))
+    return _WRAPPED.sub(r"\1", _KIND.sub(lambda found: f'kind="{_KINDS[found[1]]}"', text))
 
 
 def _possible(advice: str, flags: Mapping[str, str]) -> str:
-    """Of the ways to try, those whose keywords are the command's options: the package has more."""
-    first, *others = re.split(r"(?=, or |; )", advice)
-    ways = [way for way in (first, *others) if all(found[1] in flags for found in _KEYWORD.finditer(way))]
+    """Of the ways to try, those that are no Python and whose keywords are the command's options."""
+    ways = [way for way in re.split(r"(?=, or |; )", advice) if "fk." not in way]
+    ways = [way for way in ways if all(found[1] in flags for found in _KEYWORD.finditer(way))]
     return re.sub("^(, or |; (or )?)", "", "".join(ways))
 
 

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from fisherkit.arguments import check_device
-from fisherkit.cli.command import TYPER, in_flags
+from fisherkit.cli.command import TYPER
 from fisherkit.errors import InvalidArgumentError
 from fisherkit.likelihoods import NAMED
 from fisherkit.structures import structures
@@ -109,8 +109,8 @@ def kind_check(text: str, also: tuple[str, ...] = ()) -> str:
         if text not in also:
             rule_of(text, call="", also=also)
     except InvalidArgumentError as error:
-        known, why = ", ".join((*also, *spellings())), in_flags(error.why, {})
-        raise typer.BadParameter(f"{text!r} is not one of {known}: {why}.") from error
+        known = ", ".join((*also, *spellings()))
+        raise typer.BadParameter(f"{text!r} is not one of {known}: {error.why}.") from error
     return text
 
 

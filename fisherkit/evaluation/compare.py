@@ -385,7 +385,8 @@ class _Comparison:
             rows = self.rows if power is not None else _rows(self._fisher(kind, rule))
         if rows is None:
             # By a solve of its own; a full Fisher's rows may not fit, and a block one is refused then.
-            fisher = self._fisher(kind, rule) if structure == "full" else self._built(kind, rule, structure)
+            whole = chosen.of_all_rows and not chosen.in_parts
+            fisher = self._fisher(kind, rule) if whole else self._built(kind, rule, structure)
             right = gradient.to(self.dtype)
             columns, count = torch.stack([fisher.solve(right, damping) for damping in dampings], 1), fisher.rows
         else:

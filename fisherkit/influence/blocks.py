@@ -118,7 +118,6 @@ class LiveBlocks(RowBlocks):
             yield RowBlock(rows, chunk.owner, chunk.counted_positions[0])
 
     def count(self) -> int:
-        """What the data say."""
         return self.problem.source.count()
 
     def counted(self) -> int:
@@ -158,7 +157,6 @@ class KeptBlocks(RowBlocks):
         return iter(self.blocks)
 
     def count(self) -> int:
-        """All examples of all blocks."""
         return sum(block.size for block in self.blocks)
 
 
@@ -245,7 +243,6 @@ class FolderBlocks(RowBlocks):
             yield _block(path, self.space, header["units"], tensors)
 
     def count(self) -> int:
-        """The examples that the manifest lists."""
         return sum(entry["examples"] for entry in self.entries)
 
 

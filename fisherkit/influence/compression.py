@@ -63,12 +63,11 @@ class Compression:
     checked: int
 
     def __str__(self) -> str:
+        whole = f"; whole in {len(self.whole):,} parameters without factors" if self.whole else ""
         return (
             f"{self.bytes:,} bytes an example and not {self.whole_bytes:,}; {100 * self.captured:.3g}% of their "
             f"square in (F + λI)⁻¹; scores off by {self.error:.2g} (median; largest {self.worst:.2g}), rank "
-            f"correlation {self.rank_correlation:.3g}, on {self.checked:,} examples"
-            + f"; whole in {len(self.whole):,} parameters without factors"
-            * bool(self.whole)
+            f"correlation {self.rank_correlation:.3g}, on {self.checked:,} examples{whole}"
         )
 
 
@@ -174,9 +173,7 @@ class Basis:
         self.whole = tuple(name for name in fisher.space.names if name not in taken)
         rest = fisher.space.restrict(self.whole) if self.whole else ParameterSpace((), ())
         shapes = tuple((len(layer.tensors["values"]),) for layer in layers)
-        self.space = ParameterSpace(
-            tuple(layer.names[0] for layer in layers) + rest.names, shapes + rest.shapes
-        )  # fmt: skip
+        self.space = ParameterSpace(tuple(layer.names[0] for layer in layers) + rest.names, shapes + rest.shapes)
         blocks: list[FisherOperator] = [
             DiagonalOperator(self.space.restrict(layer.names[:1]), layer.tensors["values"].to(fisher.dtype))
             for layer in layers
@@ -312,9 +309,8 @@ def check_compress(compress: object, *, token: bool) -> None:
         )  # fmt: skip
     if is_integer(compress):
         check_count(CALL, "compress", compress)
-    else:
-        if check_number(CALL, "compress", compress, most=1) == 0:
-            raise InvalidArgumentError(CALL, "compress=0.0", "a share above 0, or a count from 1 on")
+    elif check_number(CALL, "compress", compress, most=1) == 0:
+        raise InvalidArgumentError(CALL, "compress=0.0", "a share above 0, or a count from 1 on")
 
 
 # -- the error ---------------------------------------------------------------------------------------------------------

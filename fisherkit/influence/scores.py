@@ -32,15 +32,7 @@ from fisherkit.influence.blocks import (
     read_blocks,
     write_blocks,
 )
-from fisherkit.influence.compression import (
-    FILE,
-    Basis,
-    Compression,
-    LayerBasis,
-    check_compress,
-    measured,
-    refuse_error,
-)
+from fisherkit.influence.compression import FILE, Basis, Compression, LayerBasis, check_compress, measured, refuse_error
 from fisherkit.influence.model_rows import Measurement, ModelRows
 from fisherkit.likelihoods import Likelihood
 from fisherkit.operators import Damping, FisherOperator, usual_damping

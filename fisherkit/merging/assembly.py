@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -103,11 +104,7 @@ class MergeInfo:
 
     def counts(self) -> dict[str, int]:
         """How many names became what."""
-        found: dict[str, int] = {}
-        for what in self.names.values():
-            action = what.partition(" ")[0]
-            found[action] = found.get(action, 0) + 1
-        return found
+        return dict(Counter(what.partition(" ")[0] for what in self.names.values()))
 
     def to_json(self) -> str:
         """All of it as JSON."""

@@ -128,6 +128,5 @@ def copy_beside(model: Path, folder: Path, dtype: torch.dtype | None) -> None:
 def beside_weights(folder: Path) -> list[Path]:
     """Config, tokenizer and whatever else is no weight of a model's folder."""
     return sorted(
-        path for path in folder.iterdir()
-        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHT_FILES)
-    )  # fmt: skip
+        path for path in folder.iterdir() if path.is_file() and not any(path.match(pattern) for pattern in WEIGHT_FILES)
+    )

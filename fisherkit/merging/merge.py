@@ -391,7 +391,8 @@ def merge_layers(
         data: of each model, in their order: whatever a Fisher takes.
         weights: w_t; None for 1 / T.
         fisher: called as ``fisher(model, data, params=names)``: a kind with its options, such as
-            ``functools.partial(fk.EmpiricalFisher, structure="diagonal", likelihood=nn.MSELoss())``.
+            ``functools.partial(fk.EmpiricalFisher, structure="diagonal", likelihood=nn.MSELoss())``. By default iEF in
+            kfac, which needs labels; `fisherkit.ExactFisher` needs none.
         stages: names of parameters that are merged together, from the inputs on; those in none are treated as the
             policy's ``uncovered`` says. None for a stage a module, in the order of the model's trained parameters.
         damping: as in `merge`, of each stage.

@@ -20,12 +20,7 @@ from fisherkit import io
 from fisherkit.arguments import check_count, check_number, check_type, is_integer
 from fisherkit.arithmetic import MatMat, without_autocast
 from fisherkit.coverage import Coverage
-from fisherkit.errors import (
-    FileFormatError,
-    InvalidTypeError,
-    NoClosedFormError,
-    SingularMatrixError,
-)
+from fisherkit.errors import FileFormatError, InvalidTypeError, NoClosedFormError, SingularMatrixError
 from fisherkit.operators.damping import REQUIRED, Damping, RelativeDamping, check_damping
 from fisherkit.operators.factorization import Factorization, IterativeFactorization, diagonal_inverse
 from fisherkit.operators.layer_layout import LayerLayout, marginals

@@ -53,9 +53,7 @@ def load(
     return operator
 
 
-def open_together(
-    path: str | Path, processes: Processes, call: str, device: torch.device | str = "cpu"
-) -> FisherFile:  # fmt: skip
+def open_together(path: str | Path, processes: Processes, call: str, device: torch.device | str = "cpu") -> FisherFile:
     """A file that all of some processes open, each by its own path; other files in some of them are refused."""
     file = processes.each(call, lambda: open_file(path, device=device))
     header = file.header

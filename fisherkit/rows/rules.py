@@ -108,12 +108,7 @@ def in_dtype(use: Use, dtype: torch.dtype) -> Use:
 
 
 class Rule(ABC):
-    """How one function's parameter gradients factor.
-
-    Args:
-        name: the function's name, for `coverage`.
-        signature: its argument names in order.
-    """
+    """How one function's parameter gradients factor; its name is for `coverage`, ``signature`` its arguments' names."""
 
     input_name = "input"
     weight_name = "weight"

@@ -103,9 +103,8 @@ class RuledUnit(Unit):
         """The places of those uses of a forward pass that belong to this unit."""
         own, form = self._known, self.form
         return [
-            i for i, use in enumerate(uses)
-            if not own.isdisjoint(use.names) and (form is None or form == form_of(use))
-        ]  # fmt: skip
+            i for i, use in enumerate(uses) if not own.isdisjoint(use.names) and (form is None or form == form_of(use))
+        ]
 
     @property
     def rule_name(self) -> str:

@@ -63,9 +63,7 @@ class BlockSums(Sums):
 
     def all_reduced(self, processes: Processes) -> BlockSums:
         """Of what all processes have added up; their rows, each where it is."""
-        return replace(
-            self, matrices=everywhere(self.matrices, processes), everyones=shared(self.rows, processes)
-        )  # fmt: skip
+        return replace(self, matrices=everywhere(self.matrices, processes), everyones=shared(self.rows, processes))
 
     @property
     def whole(self) -> Rows | SharedRows | None:

@@ -411,10 +411,6 @@ class KFAC(LayerStructure):
             turned = max(turned, sum(turning) + max(turning, default=0))
         return self.item * turned, self.item * kept
 
-    @staticmethod
-    def _many(vectors: float, *sides: int) -> bool:
-        return max(sides) >= LARGE and vectors >= max(sides)
-
     def _factors(self, problem: Problem) -> int:
         return self.item * sum(i**2 + o**2 for i, o in _sides(problem))
 
@@ -439,7 +435,7 @@ class KFAC(LayerStructure):
         if thin and widest >= LARGE:
             each = slot.rows.activations.shape[:2].numel() / max(1, chunk.counted)
             # Where not all positions count, perhaps half of them do.
-            thin = not self._many((self.expected() or 0) * each * (1.0 if chunk.whole else 0.5), widest)
+            thin = (self.expected() or 0) * each * (1.0 if chunk.whole else 0.5) < widest
         return KroneckerFactors.zeros(slot.rows, thin=thin).added(slot, chunk, self)
 
 

@@ -14,12 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from examples.influence.evaluation.checks import (
-    check_floats,
-    check_masks,
-    check_outputs,
-    check_scores,
-)
+from examples.influence.evaluation.checks import check_floats, check_masks, check_outputs, check_scores
 from examples.influence.evaluation.statistics import (
     Interval,
     Ranking,
@@ -222,12 +217,7 @@ class NoiseCeiling:
 
 
 def noise_ceiling(
-    outputs: Float[Tensor, "S R Q"],
-    *,
-    splits: int = 50,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    outputs: Float[Tensor, "S R Q"], *, splits: int = 50, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> NoiseCeiling:
     """The linear datamodeling score of the true expected outputs, estimated from halves of the seeds.
 

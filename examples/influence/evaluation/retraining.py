@@ -20,14 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.influence.evaluation.checks import check_masks
-from examples.influence.evaluation.losses import (
-    Loss,
-    Measurements,
-    PerExample,
-    loss_of,
-    measurements_of,
-    resolved_loss,
-)
+from examples.influence.evaluation.losses import Loss, Measurements, PerExample, loss_of, measurements_of, resolved_loss
 from examples.influence.evaluation.training import Build, TrainingRecipe, built, train_model
 from fisherkit import io
 from fisherkit.arguments import is_integer
