@@ -6,6 +6,7 @@ Where all layers at once would not fit, some are taken after others, each part w
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,9 @@ the result takes, stay in memory for the second reading; more are made again. Ke
 
 SHOWN = 12
 """Parts that a plan names."""
+
+TRIED = 4
+"""Backward passes, at most, by which a plan measures a batch."""
 
 T = TypeVar("T")
 
@@ -170,8 +174,8 @@ class Builder:
             self.counted.clear()
         return self._planned(work)
 
-    def _chosen(self, kind: type[Structure]) -> Structure:
-        """The structure of all parameters, and the problem as it wants it."""
+    def _chosen(self, kind: type[Structure], *, closely: bool = False) -> Structure:
+        """The structure of all parameters, and the problem as it wants it; ``closely``: what it takes matters."""
         structure = kind.of(self.problem.plan, **self.settings)
         by_owner = bool(self.problem.by_owner) if structure.counts_positions else self.problem.by_owner
         self.problem = replace(
@@ -183,6 +187,9 @@ class Builder:
             # Only rows that are kept, or squared alone, gain from being written out; sums are taken from the factors.
             unit.stored = unit.stored and (structure.keeps_rows or squares)
         self.needed = -(-structure.fitted(self.problem) // self.shards)
+        if (closely or self.needed > self.budget // 16) and self.problem.all_count():
+            self.problem = replace(self.problem, whole=True)
+            self.needed = -(-structure.bytes(self.problem) // self.shards)
         return structure
 
     def _beside(self, held: int, structure: Structure, problem: Problem) -> int:
@@ -261,20 +268,21 @@ class Builder:
         return None
 
     def _foreseen(self, kind: type[Structure], to_file: bool) -> BuildPlan:
-        structure = self._chosen(kind)
+        structure = self._chosen(kind, closely=True)
         self.problem.confirm()
         held = 0 if to_file else self.needed
         streams = structure.streams and (self.needed > self.budget or self.storage == "stream")
         groups = [structure.space.names] if streams else self._groups(structure, held)
-        peaks, readings = list[tuple[int, int, int]](), 0
+        peaks, readings, done = list[tuple[int, int, int]](), 0, 0
         for names in groups:
             own, problem = self._restricted(structure, names)
             beside = self._beside(held, own, problem) if len(groups) > 1 else 0
-            taken = beside + own.peak(problem)
-            times = 1 if streams else self._readings(own, problem, taken)
+            times = 1 if streams else self._readings(own, problem, beside + own.peak(problem))
             readings += times
-            kept = problem.row_bytes(names) * problem.examples if times < own.passes else 0
-            peaks.append((taken, beside + own.summed(problem), kept))
+            rows = problem.row_bytes(names) * problem.examples if times < own.passes else 0
+            there = min(beside, done)  # of the parts before
+            peaks.append((there + own.peak(problem), there + own.summed(problem), rows))
+            done += own.bytes(problem) // self.shards
         refused = ""
         try:
             if not streams and not (to_file and structure.in_parts):
@@ -283,56 +291,68 @@ class Builder:
                 self._require(*self._restricted(structure, names))
         except MemoryBudgetError as error:
             refused = str(error)
-        largest = groups[max(range(len(peaks)), key=lambda i: peaks[i][0] + peaks[i][2])]
-        own, problem = self._restricted(structure, largest)
-        backward, seconds, memory, kept = self._measured(own, problem, readings, keeps=max(p[2] for p in peaks) > 0)
-        # Rows that are kept share activations, and have patches as inputs; the last batch's are in its ``memory``.
-        share = kept / max(1, problem.row_bytes(largest) * problem.first_size)
-        most = max(
-            max(taken + share * rows, summed + memory + share * rows * (1 - problem.first_size / problem.examples))
-            for taken, summed, rows in peaks
-        )
+        largest = max(range(len(groups)), key=lambda i: peaks[i][0] + peaks[i][2])
+        backward, seconds, memory, _ = first = self._measured(structure, groups[largest], readings, peaks[largest][2])
+        most, size = 0.0, self.problem.first_size / self.problem.examples
+        for i, (taken, summed, rows) in enumerate(peaks):
+            # Rows that are kept share activations, and have patches as inputs; the last batch's are in its ``memory``.
+            *_, memory, one = self._measured(structure, groups[i], 1, rows) if rows and i != largest else first
+            kept = one / size if rows else 0.0
+            most = max(most, taken + kept, summed + memory + kept * (1 - size))
         return BuildPlan(
             structure.name, tuple(groups), readings, backward, seconds, 0 if streams else self.needed,
             memory if streams else round(most), self.budget, refused,
         )  # fmt: skip
 
     def _measured(
-        self, structure: Structure, problem: Problem, readings: int, keeps: bool
+        self, whole: Structure, names: Names, readings: int, keeps: int
     ) -> tuple[int | None, float | None, int, int]:  # fmt: skip
         """By a first batch: backward passes and seconds of so many readings, None where N is not known; two in bytes.
 
-        A pass's beside the sums, as activations, gradients, and what adding up takes; and those of the batch's rows.
+        Of some parameters: a pass's beside the sums, as activations, gradients, and what adding up takes; and those of
+        the batch's rows that are kept, if any are.
         """
-        live = LiveBytes()
+        structure, problem = self._restricted(whole, names)
+        live, rows, fits = LiveBytes(), list[int](), structure.summed(problem) <= self.budget
+
+        def some() -> Iterator[Chunk]:
+            rows.clear()
+            for chunk in itertools.islice(problem.first_chunks(), TRIED):
+                rows.append(chunk.rows.count)
+                yield chunk
+                del chunk
 
         def add(chunks: Iterator[Chunk]) -> Sums | None:
-            if structure.summed(problem) <= self.budget:
+            if fits:
                 return structure.empty(problem).added(chunks)
             deque(chunks, 0)  # sums that are refused may not even fit the machine
             return None
 
         def twice() -> Iterator[Chunk]:
-            yield from problem.first_chunks()
+            yield from some()
             live.restart()  # now the sums are there
-            yield from _noting(problem.first_chunks(), kept) if keeps else problem.first_chunks()
+            yield from _noting(some(), noted) if keeps else some()
 
-        kept: list[Chunk] = []
+        noted: list[Chunk] = []
         with live:
             sums = add(twice())
-        rows = live.now
-        kept.clear()
-        memory, rows = live.most - live.now, rows - live.now
+        kept = live.now
+        noted.clear()
+        memory, kept = live.most - live.now, kept - live.now
         del sums
         start = now(structure.device)
-        add(problem.first_chunks())
+        add(some())
         seconds, size = now(structure.device) - start, problem.first_size
+        if len(rows) == TRIED:  # of perhaps many more
+            more = max(1.0, size * problem.vectors_per_example / max(1, sum(rows)))
+            seconds, kept = seconds * more, round(kept * more)
+            memory = round(memory * more) if structure.keeps_rows and fits else memory
         examples = problem.source.expected()
         if examples is None:
-            return None, None, memory, rows
+            return None, None, memory, kept
         micro = -(-examples // size)
         vectors = 0 if problem.rowless else problem.backward_vectors
-        return readings * micro * vectors, readings * seconds * examples / size, memory, rows
+        return readings * micro * vectors, readings * seconds * examples / size, memory, kept
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

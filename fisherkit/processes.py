@@ -253,7 +253,8 @@ class Processes:
             store.set(f"fisherkit/{self.rank}", error)
             for rank in others:
                 with contextlib.suppress(RuntimeError):
-                    dist.irecv(torch.empty(1), group=group, group_src=rank).wait(datetime.timedelta(milliseconds=1))
+                    work: Any = dist.irecv(torch.empty(1), group=group, group_src=rank)
+                    work.wait(datetime.timedelta(milliseconds=1))
             for pause in [PATIENCE / 100] * 100:
                 silent = [rank for rank in others if not store.check([f"fisherkit/{rank}"])]
                 found[0] = ", ".join(f"rank {rank}" for rank in silent)

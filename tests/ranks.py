@@ -65,7 +65,6 @@ def run(
                 assert process.exitcode is not None, "a process does not end"
         if lost is not None:
             context.processes[lost].kill()
-        found = [Path(folder, str(rank)) for rank in range(size)]
-        ended = [file.exists() for file in found]
-        assert ended == [rank != lost for rank in range(size)], [p.exitcode for p in context.processes]
-        return [torch.load(file, weights_only=False) if there else None for file, there in zip(found, ended)]
+        found = {int(file.name): torch.load(file, weights_only=False) for file in Path(folder).glob("[0-9]*")}
+        assert {*found} == {*range(size)} - {lost}, [p.exitcode for p in context.processes]
+        return [found.get(rank) for rank in range(size)]

@@ -323,10 +323,16 @@ class LargestRows:
         return Rows.taken_from(self._held), float(dropped / (kept + dropped)) if float(dropped) > 0 else 0.0
 
     def _trim(self) -> None:
-        squares, rows = torch.cat(self._squares), Rows.taken_from(self._held)
+        squares, held = torch.cat(self._squares), self._held
         ranked = squares.argsort(descending=True, stable=True)
-        places = ranked[: self.most].sort().values
-        self._held, self._squares = [rows.reordered(places).compact()], [squares[places]]
+        places, start, kept = ranked[: self.most].sort().values, 0, list[Rows]()
+        while held:  # one piece at a time exists twice
+            piece = held.pop(0)
+            own = places[(places >= start) & (places < start + piece.count)] - start
+            start += piece.count
+            kept.append(piece.reordered(own).compact())
+            del piece
+        self._held, self._squares = [Rows.taken_from(kept)], [squares[places]]
         self._dropped.append(squares[ranked[self.most :]].sum())
 
 

@@ -117,6 +117,7 @@ class Problem:
         folds: whether positions may become examples of their own where vectors are of single ones.
         weights: `parameters_hash` that the model must have in passes that come later than the build; None during it.
         settled: what `fingerprint` says of the model before such passes; None during the build.
+        whole: whether every position counts, as `all_count` says; False where nobody has asked.
         checks: what has been looked at of its batches, which grows with them.
     """
 
@@ -143,6 +144,7 @@ class Problem:
     fold: int = 1
     head: int = 0
     settled: Hashable = None
+    whole: bool = False
     checks: BatchChecks = field(default_factory=BatchChecks)
 
     @functools.cached_property
@@ -175,14 +177,8 @@ class Problem:
 
     def batches(self, description: str, *, compared: bool = True) -> Iterator[Chunk]:
         """The same with a micro-batch's chunks joined, rows ordered by example, position and vector."""
-        pending: list[Chunk] = []
-        for chunk in self.chunks(description, compared=compared):
-            if chunk.first and pending:
-                yield joined(pending)
-                pending = []
-            pending.append(chunk)
-        if pending:
-            yield joined(pending)
+        for batch, start, call in self._micro_batches(description, compared=compared, shows=True):
+            yield joined(list(self._micro(batch, start, call, in_company=True)))
 
     def metrics(
         self, description: str, *, matrix_free: bool = True
@@ -223,6 +219,12 @@ class Problem:
         with self.plan.quiet():
             uses = Linearized.probe(self.plan).watched.uses
         return self.plan.space.joined_blocks([*(unit.names for unit in self.plan.units), *(use.names for use in uses)])
+
+    def all_count(self) -> bool:
+        """Whether every position counts, as far as the labels of a first batch tell."""
+        targets = self.source.first().targets
+        ignored = targets is not None and bool((targets == self.likelihood.ignore_index).any())
+        return not (self.likelihood.labels_mask and (ignored or self.shift_labels))
 
     @property
     def first_size(self) -> int:

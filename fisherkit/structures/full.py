@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -33,7 +35,7 @@ class KeptRows(Sums):
     def added(self, chunks: Iterable[Chunk]) -> KeptRows:
         """With more rows, taken as they come so that they exist once."""
         known = () if self.rows is None else (self.rows,)
-        parts = itertools.chain(known, (chunk.rows for chunk in chunks))
+        parts = itertools.chain(known, map(operator.attrgetter("rows"), chunks))
         first = next(parts, None)
         if first is None:
             return self
@@ -42,8 +44,7 @@ class KeptRows(Sums):
         if self.most is None:
             return KeptRows(Rows.gathered(parts))
         largest = LargestRows(self.most)
-        for part in parts:
-            largest.add(part)
+        collections.deque(map(largest.add, parts), 0)
         rows, share = largest.result()
         return KeptRows(rows, self.most, self.dropped + largest.seen - rows.count, share)
 
@@ -116,8 +117,16 @@ class Full(RowStructure):
         return self.bytes(problem) + problem.examples * max(problem.row_bytes(u.names) for u in problem.plan.units)
 
     def summed(self, problem: Problem) -> int:
-        """All batches' rows."""
-        return self.bytes(problem)
+        """All batches' rows; of those of largest norm, what is there before a batch, and what one more makes of one."""
+        if self.max_rows is None:
+            return self.bytes(problem)
+        vectors, alone = problem.vectors_per_example, problem.row_bytes(self.space.names, vectors=1)
+        each, most = problem.row_bytes(self.space.names) / vectors, self.max_rows
+        batch, before = problem.first_size * vectors, (problem.examples - problem.first_size) * vectors
+        first = batch * each if batch <= 2 * most else most * alone
+        second = 2 * batch * each if 2 * batch <= most else most * alone
+        held = max(2 * most // batch * batch * each, most * alone + most // batch * batch * each)
+        return round(min(held, before * each) + second - first)
 
     def fitted(self, problem: Problem) -> int:
         """Kept for speed, or with the fewest numbers where that does not fit."""

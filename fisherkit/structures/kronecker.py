@@ -448,7 +448,9 @@ class EKFAC(KFAC):
 
     def bytes(self, problem: Problem) -> int:
         """Two eigenbases and the values of each layer."""
-        return self.kept_item * sum(i**2 + o**2 + i * o for i, o in _sides(problem)) + self._others(problem)
+        ranks = self._ranks(problem)
+        values = sum(on_inputs * on_outputs for (_, on_inputs), (_, on_outputs) in ranks)
+        return self.kept_item * (sum(w * r for sides in ranks for w, r in sides) + values) + self._others(problem)
 
     def peak(self, problem: Problem) -> int:
         """Bases and values beside the float64 work on a basis, or the values, or the packed form, of the operator."""
@@ -460,8 +462,32 @@ class EKFAC(KFAC):
 
     def summed(self, problem: Problem) -> int:
         """Factors, each of which makes room for its basis, and values."""
-        values = self.item * sum(i * o for i, o in _sides(problem))
-        return max(self._factors(problem) + values + self._others(problem), super().summed(problem))
+        values = self.item * sum(i * o for (_, i), (_, o) in self._ranks(problem))
+        turned = self._vectors(problem)[0]
+        return self._factors(problem) + self._others(problem) + max(values, turned)
+
+    def _factors(self, problem: Problem) -> int:
+        return self.item * sum(w * r for sides in self._ranks(problem) for w, r in sides)
+
+    def _work(self, problem: Problem) -> int:
+        """Of few vectors, all bases are beside them, and of one factor they are put together and decomposed."""
+        sides = [side for sides in self._ranks(problem) for side in sides]
+        few = sum(w * r for w, r in sides if r < w)
+        work = [self.item * w * r + EIGH_BYTES * r**2 if r < w else EIGH_BYTES * w**2 for w, r in sides]
+        return self.item * few + max(work, default=0)
+
+    def _ranks(self, problem: Problem) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Of both factors of every unit that has them, the width, and how many eigenvectors there will be."""
+        examples, found = self.expected() or 0, list[tuple[tuple[int, int], tuple[int, int]]]()
+        thin = examples > 0 and self.processes.size == 1 and not self.reduce and problem.whole
+        each = 0 if problem.rowless or problem.head else problem.vectors_per_example // problem.fold
+        for unit in problem.plan.ruled:
+            if unit.shape is not None:
+                positions, i, o = unit.shape
+                number = examples * positions if thin else 0
+                few, rows = number and not self._many(number, i, o), number * each
+                found.append(((i, min(i, number) if few else i), (o, min(o, rows) if few and rows else o)))
+        return found
 
     def next_pass(self, sums: LayerSums) -> LayerSums | None:
         """The moments, after the factors."""

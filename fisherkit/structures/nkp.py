@@ -28,7 +28,7 @@ from fisherkit.rows.factored import FactoredRows
 from fisherkit.rows.problem import Problem
 from fisherkit.space import ParameterSpace
 from fisherkit.structures.base import LayerStructure, LayerSums, UnitSums
-from fisherkit.structures.kronecker import KFAC, KroneckerFactors, SecondMoment
+from fisherkit.structures.kronecker import KFAC, KroneckerFactors, SecondMoment, _sides
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Of a factor of norm 1, how far it may be from that of the half-steps before."""
@@ -152,12 +152,13 @@ class NKP(KFAC):
     passes = 10
 
     def peak(self, problem: Problem) -> int:
-        """A half-step beside the next one, and what was found two passes ago."""
-        return 3 * self.bytes(problem) * self.item // self.kept_item
+        """What is there in a pass, and two float64 copies of a factor, by which it gets norm 1."""
+        widest = max((max(side) for side in _sides(problem)), default=0)
+        return self.summed(problem) + 2 * torch.finfo(torch.float64).bits // 8 * widest**2
 
     def summed(self, problem: Problem) -> int:
-        """The same, which is there in every pass but the first."""
-        return self.peak(problem)
+        """A half-step beside the next one, and what was found two passes ago."""
+        return 3 * self.bytes(problem) * self.item // self.kept_item
 
     def start(self, slot: UnitSlot, chunk: Chunk) -> UnitSums:
         """A first half-step of factored rows."""
