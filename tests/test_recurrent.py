@@ -94,6 +94,29 @@ def test_rows__with_steps_first_and_with_learned_states(form: str, first: bool, 
     torch.testing.assert_close(fisher.to_dense(), j.mT @ j / N)
 
 
+@pytest.mark.parametrize("form", ["lstm", "gru"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_learned_state__after_an_example_by_itself(form: str, frozen: bool) -> None:
+    class Started(Net):
+        def __init__(self) -> None:
+            super().__init__(form, learned=True)
+            self.start = nn.Parameter(torch.randn(4))
+
+    torch.manual_seed(0)
+    net = Started().double()
+    net.rnn.requires_grad_(not frozen)
+    x, y = torch.randn(N, 5, 3, dtype=F64), torch.randint(3, (N,))
+    optimizer = fk.optim.NaturalGradient(net, lr=1.0, kind="ef", damping=1e-2)
+    net(x[:1])
+    with optimizer.paused():
+        j = by_hand.rows(net, (x, y))
+    chosen = torch.cat([torch.full((p.numel(),), p.requires_grad) for p in net.parameters()])
+    fisher = fk.EmpiricalFisher(net, [(x[:1], y[:1]), (x[1:], y[1:])])
+    torch.testing.assert_close(fisher.to_dense(), j.mT @ j / N, rtol=1e-9, atol=1e-12)
+    step = by_hand.stepped(net, optimizer, x, y)[chosen]
+    torch.testing.assert_close(step, by_hand.natural(j, 1e-2), rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("form", ["lstm projected", "gru both ways"])
 def test_exact__is_the_reference_s(form: str) -> None:
     model, (x, _, y) = Net(form).double(), data()

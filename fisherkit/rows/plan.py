@@ -341,7 +341,11 @@ def make_plan(model: nn.Module, space: ParameterSpace, batch: Batch, *, alone: b
                 plan, units, watched = other, others, again
         # Two uses may have one output, as a recurrent layer's linear maps have.
         outputs = {use.edge[:2]: torch.Size(use.output_shape).numel() // probe.size for use in watched.uses}
-        generic = _numbers_without_rule(units)
+        generic, idle = _numbers_without_rule(units), [unit for unit in units if unit.without_use]
+        if idle:  # what outputs depend on is used, though no function was seen to
+            moved = reference.norms.any(0).tolist()
+            for unit in idle:
+                unit.without_use = not moved[reference.names[unit.names[0]]]
         plan = replace(
             plan.with_units(units), unused=frozenset(reference.unreached), probed=Probe(probe, watched, alike=True),
             custom=watched.custom, nonlinear=nonlinear(plan, watched, probe),

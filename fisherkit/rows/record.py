@@ -280,6 +280,7 @@ class Recorder(TorchFunctionMode):
         """A recurrent layer, as its linear maps."""
         output, maps = unrolled(func, args)
         self._see(func, args, {}, output)
+        self._leave(self._derivations.among(tensors(args[1:3] if is_packed(args) else args[1])))  # learned states
         status = self.tracker.status(output[0])
         axis = status if isinstance(status, Axis) else None
         for arguments, made in maps:
