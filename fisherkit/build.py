@@ -67,15 +67,15 @@ class Built:
     coverage: Coverage
     dropped_share: float | None
 
-    def described(self) -> dict[str, str]:
-        """What it adds to what is recorded, but for the numbers of examples and rows."""
-        share = {} if self.dropped_share is None else {"dropped_share": repr(self.dropped_share)}
-        return {"coverage": self.coverage.to_json(), **share}
+    @property
+    def share(self) -> dict[str, str]:
+        """What is recorded of rows that were left out."""
+        return {} if self.dropped_share is None else {"dropped_share": repr(self.dropped_share)}
 
     def counted(self) -> dict[str, str]:
-        """All that it adds."""
-        tally = self.tally.some()
-        return {"examples": str(tally.examples), "rows": str(tally.rows), **self.described()}
+        """All that it adds to what is recorded."""
+        tally, coverage = self.tally.some(), self.coverage.to_json()
+        return {"examples": str(tally.examples), "rows": str(tally.rows), "coverage": coverage, **self.share}
 
 
 @dataclass(frozen=True)

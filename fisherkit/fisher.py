@@ -156,7 +156,7 @@ class FisherApproximation(ForwardingOperator):
         super().__init__(self.held.space, dtype=self.held.dtype, device=self.held.device)
         self.likelihood, self.structure = asked.builder.problem.likelihood, structure
         self.dropped_share = built.dropped_share
-        self._metadata = asked.recorded | built.described()
+        self._metadata, self._coverage = asked.recorded | {"coverage": ""} | built.share, built.coverage
         self._hashes: Callable[[], tuple[str, str]] | None = asked.hashes
 
     def _built_later(self, built: Built) -> None:
@@ -187,7 +187,7 @@ class FisherApproximation(ForwardingOperator):
             self._metadata |= {"examples": str(self.examples), "rows": str(self.rows)}
         if self._hashes is not None:
             self._metadata, self._hashes = _hashed(self._metadata, self._hashes), None
-        return self._metadata
+        return self._covered
 
     @metadata.setter
     def metadata(self, value: dict[str, str]) -> None:
@@ -195,7 +195,13 @@ class FisherApproximation(ForwardingOperator):
 
     @property
     def _recorded(self) -> dict[str, str]:
-        return self._metadata if self._tally.counted is None else self.metadata
+        return self._covered if self._tally.counted is None else self.metadata
+
+    @property
+    def _covered(self) -> dict[str, str]:
+        if self._metadata.get("coverage") == "":
+            self._metadata["coverage"] = self._coverage.to_json()
+        return self._metadata
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: with the rows that were to be made later, and what that records."""

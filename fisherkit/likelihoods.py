@@ -658,7 +658,8 @@ class Categorical(Likelihood):
         return t if self.weight is None else t * self.weight.to(z)
 
     def _valid(self, target: Tensor) -> Tensor:
-        return target.masked_fill(target == self.ignore_index, 0)
+        ignored = self.ignore_index
+        return target.clamp_min(0) if ignored < 0 else target.masked_fill(target == ignored, 0)
 
 
 class LogProbabilities(Categorical):

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.errors import ModelError
+from fisherkit.errors import DataError, ModelError
 from fisherkit.rows.batch_axis import Tracker
 from tests import by_hand
 
 WAY = {"": ""}
+see = Tracker.see
 CONSTANT = {"rows": torch.ones(12, 1, dtype=torch.float64)}
 
 
@@ -124,6 +125,49 @@ def test_step__examples_that_meet_later_are_refused(way: str, monkeypatch: pytes
         _step(model, batch, optimizer)
 
 
+def _exchanged(h: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # where nobody sees it
+        h.copy_(h.flip(0))
+    return h
+
+
+MEETING: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "an axis": (lambda h: h.roll(1, 1), lambda h: h.roll(1, 0)),
+    "an axis by name": (lambda h: h.roll(shifts=1, dims=1), lambda h: h.roll(shifts=1, dims=0)),
+    "axes in a tuple": (lambda h: h.flip((1,)), lambda h: h.flip((0,))),
+    "a slice": (lambda h: torch.cat([h, h])[: len(h)], lambda h: torch.cat([h.detach(), h])[1 : len(h) + 1]),
+    "an operand": (lambda h: (h.mT, h.mT.mT)[1], lambda h: (h.mT, h.mT)[1]),
+    "what is returned": (lambda h: (h.flip(0), h * 1.5)[1], lambda h: (h.flip(0), h * 1.5)[0]),
+    "memory": (lambda h: h * 1.5, lambda h: _exchanged(h) * 1.5),
+}
+"""What keeps examples apart, and what calls the same functions and does not; of as many examples as features."""
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("way", MEETING)
+def test_examples__that_meet_by_the_same_functions_are_refused(
+    way: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, other = MEETING[way]
+    x, y = data(5)
+    if last:  # what becomes of the outputs
+        monkeypatch.setattr(Model, "forward", lambda self, x: WAYS[""](self.b(self.a(x).tanh()), x))
+        known, other = (lambda h, _, f=f: f(h) for f in (known, other))  # type: ignore[misc]
+    else:
+        known, other = (lambda _, h, f=f: f(h) for f in (known, other))  # type: ignore[misc]
+    monkeypatch.setitem(WAYS, "", known)
+    model = Model().double()
+    optimizer = fk.optim.NaturalGradient(model, 1e-3, kind="ef", gram_damping=0.1)
+    for _ in range(4):
+        fk.EmpiricalFisher(model, (x, y))
+        _step(model, (x, y), optimizer)
+    monkeypatch.setitem(WAYS, "", other)
+    with pytest.raises((ModelError, DataError)):
+        fk.EmpiricalFisher(model, (x, y))
+    with pytest.raises((ModelError, DataError, RuntimeError)):
+        _step(model, (x, y), optimizer)
+
+
 @pytest.mark.parametrize("hook", ["on the output", "on a node"])
 def test_step__hooks_that_come_later_are_noticed(hook: str) -> None:
     model, batch = Model().double(), data()
@@ -153,11 +197,19 @@ def test_sizes__batches_of_all_sizes_and_constants_of_theirs(monkeypatch: pytest
         fk.EmpiricalFisher(model, data())
 
 
-def test_trace__a_pass_that_does_the_same_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 3)), data()
-    model = model.double()
+@pytest.mark.parametrize("make", [
+    lambda: nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 3)),
+    lambda: nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(6, 3)),
+    lambda: nn.Sequential(
+        nn.Unflatten(1, (5, 1)), nn.Linear(1, 4), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+        nn.Flatten(), nn.Linear(20, 3),
+    ),
+])  # fmt: skip
+def test_trace__a_pass_that_does_the_same_is_not_followed(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = make().double(), data()
     seen: list[Any] = []
-    see = Tracker.see
     monkeypatch.setattr(Tracker, "see", lambda self, *args: (seen.append(args[0]), see(self, *args))[1])
     optimizer = fk.optim.NaturalGradient(model, 1e-3, kind="ef", gram_damping=0.1)
     for run in (lambda: fk.EmpiricalFisher(model, batch), lambda: _step(model, batch, optimizer)):
@@ -166,6 +218,27 @@ def test_trace__a_pass_that_does_the_same_is_not_followed(monkeypatch: pytest.Mo
         seen.clear()
         run()
         assert not seen
+
+
+def test_trace__dropout_is_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double(), data()
+    optimizer = fk.optim.NaturalGradient(model, 1e-3, kind="ef", gram_damping=0.1)
+    calls: list[Any] = []
+    monkeypatch.setattr(Tracker, "see", lambda self, *args: calls.append(see(self, *args)))
+    for _ in range(3):
+        _step(model, batch, optimizer)
+    calls.clear()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer.zero_grad()
+    z = model(batch[0])
+    assert not calls
+    losses = F.cross_entropy(z, batch[1], reduction="none")
+    rows = torch.stack([by_hand.gradient(loss, model) for loss in losses])
+    losses.mean().backward()
+    optimizer.step()
+    gram = rows @ rows.mT + 0.1 * torch.eye(len(rows), dtype=rows.dtype)
+    expected = before - 1e-3 * rows.mT @ torch.linalg.solve(gram, torch.ones(len(rows), dtype=rows.dtype))
+    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in model.parameters()]), expected)
 
 
 def _fresh(model: nn.Module) -> nn.Module:

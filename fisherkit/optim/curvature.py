@@ -253,8 +253,10 @@ class Curvature:
         structure = self.averages.structure.of(plan, processes=processes)
         chunks = (chunk for one in captured for chunk in self._chunks(one, len(captured)))
         if (power := self.settings.power) is not None and is_number(damping):
-            targets = torch.cat([_targets(one, power, len(captured)) for one in captured])
-            rows: Rows | SharedRows = Rows.taken_from([chunk.rows for chunk in chunks])
+            asked = [_targets(one, power, len(captured)) for one in captured]
+            targets = asked[0] if len(asked) == 1 else torch.cat(asked)
+            parts = [chunk.rows for chunk in chunks]
+            rows: Rows | SharedRows = parts[0] if len(parts) == 1 else Rows.taken_from(parts)
             if processes.size > 1:
                 rows = SharedRows(rows, processes)
                 targets = processes.stacked(targets, rows.sizes)
@@ -439,7 +441,7 @@ def _targets(one: Captured, power: float, passes: int) -> Float[Tensor, "R"]:
     """What the paper's update asks of each example: ‖∂ℓ/∂z‖^2p."""
     norm, missing = one.seen.squared_norm, one.seen.correction(passes)
     norm = norm if missing == 1 else norm * missing**2
-    targets = (norm**power).masked_fill_(norm == 0, 0.0)
+    targets = norm if power == 1 else (norm**power).masked_fill_(norm == 0, 0.0)
     (chunk,) = one.chunks  # one vector an example
     return targets if chunk.regular else targets[chunk.owner]
 

@@ -22,7 +22,7 @@ from fisherkit.rows.collection import Rows
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of some output vectors of one micro-batch; ``owner`` is the example of each.
+    """Rows of some output vectors of one micro-batch; ``owner`` is the example of each, or ``owned`` tells it.
 
     ``regular`` if rows are ordered by example and every example has equally many. The ``first`` chunk adds all examples
     that count to N (``counted``), and the trace that the kind left out of each one's output Fisher (``dropped``).
@@ -32,7 +32,7 @@ class Chunk:
     """
 
     rows: Rows
-    owner: Int[Tensor, "R"]
+    owned: Int[Tensor, "R"] | RowSelection
     regular: bool
     first: bool
     counted: int
@@ -40,6 +40,11 @@ class Chunk:
     counted_positions: tuple[Bool[Tensor, "..."], ...]
     dropped: Float[Tensor, "n"] | None
     squares: float = 0.0
+
+    @property
+    def owner(self) -> Int[Tensor, "R"]:
+        """The example of each row."""
+        return self.owned.owner if isinstance(self.owned, RowSelection) else self.owned
 
     @classmethod
     def whole_batch(cls, rows: Rows, outputs: Outputs, batch: Batch, counts: tuple[int, int]) -> Chunk:
@@ -143,7 +148,7 @@ class Slots:
             selection = RowSelection(v.shape[0], batch.size, v.device, keep)
             rows = make_rows(v, selection)
             yield Chunk(
-                rows, selection.owner, keep is None, first == 0,
+                rows, selection, keep is None, first == 0,
                 self.counted if first == 0 else 0, self.whole and len(positions) == 1, positions,
                 self.dropped if first == 0 else None, 0.0 if call is None else rows.finite(call),
             )  # fmt: skip
@@ -157,4 +162,4 @@ def joined(chunks: list[Chunk]) -> Chunk:
     owner = torch.cat([chunk.owner for chunk in chunks])
     order = torch.argsort(owner, stable=True)
     rows = Rows.cat([chunk.rows for chunk in chunks]).reordered(order, all(chunk.regular for chunk in chunks))
-    return replace(chunks[0], rows=rows, owner=owner[order], squares=sum(chunk.squares for chunk in chunks))
+    return replace(chunks[0], rows=rows, owned=owner[order], squares=sum(chunk.squares for chunk in chunks))

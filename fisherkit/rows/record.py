@@ -129,7 +129,7 @@ class Recorder(TorchFunctionMode):
     @property
     def plain(self) -> bool:
         """Whether all that was noted came of the functions that were called, and of no numbers in tensors."""
-        beside = self.outside_rules or self.without_graph or self.random or self.casts or self.packed or self.hooked
+        beside = self.outside_rules or self.without_graph or self.casts or self.packed or self.hooked
         return not beside and self._derivations.bare and self.tracker.plain
 
     def ended(self, z: Tensor) -> dict[Any, Any] | None:

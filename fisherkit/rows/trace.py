@@ -35,7 +35,7 @@ _KEPT = (int, str, type(None), torch.dtype, torch.device, torch.layout, torch.me
 class Step(NamedTuple):
     """A function call and what it gave back, as `Reader.told` and `Reader.form` say them, and what was found.
 
-    ``uses`` are those that were noted, ``numbers`` how many the tracker had then, and ``coarsest`` is a `Recorder`'s.
+    ``uses`` are those that were noted, ``numbers`` how many the tracker had then; others are a `Recorder`'s.
     """
 
     told: tuple[Any, ...]
@@ -43,6 +43,7 @@ class Step(NamedTuple):
     uses: tuple[Use, ...]
     numbers: int
     coarsest: torch.dtype
+    random: bool
 
 
 @dataclass
@@ -108,7 +109,8 @@ class Reader:
             name = self._names.get(id(value))
             if name is not None:
                 return name, Tensor
-            plain = type(value) in (Tensor, nn.Parameter) and value.grad_fn is None and value.numel() != 1
+            plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested and value.grad_fn is None
+            plain = plain and value.numel() != 1
             return (value.shape, value.dtype, value.requires_grad) if plain else self._nothing()
         if isinstance(value, (list, tuple)):
             return type(value), *map(self._told, value)
@@ -129,7 +131,7 @@ class Reader:
         """What a call gave back, likewise."""
         if isinstance(output, Tensor):
             place = self._place(output)
-            if place is not None or type(output) is not Tensor:
+            if place is not None or type(output) is not Tensor or output.is_nested:
                 return place or self._nothing()
             return output.shape, output.dtype, output.requires_grad
         if isinstance(output, (list, tuple)):
@@ -161,7 +163,7 @@ class Reader:
             version = version_of(arguments[use.rule.input_name])
             vars(found).update(vars(use), arguments=arguments, edge=get_gradient_edge(output), version=version)
             recorder.uses.append(found)
-        recorder.coarsest = step.coarsest
+        recorder.coarsest, recorder.random = step.coarsest, step.random
         return True
 
     def note(
@@ -177,7 +179,8 @@ class Reader:
             self._put(made)
             self._statuses.append(recorder.tracker.noted(made))
         bare = tuple(map(_without_tensors, new))
-        self._steps.append(Step(told, form, bare, len(recorder.tracker.numbers), recorder.coarsest))
+        number = len(recorder.tracker.numbers)
+        self._steps.append(Step(told, form, bare, number, recorder.coarsest, recorder.random))
         return True
 
     def give_up(self, recorder: Recorder) -> None:
@@ -210,12 +213,13 @@ class Reader:
         return trace.decided
 
 
-def _is_of(use: Use, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> bool:
+def _is_of(use: Use, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> bool:
     """Whether a use is the call itself, of parameters as they are."""
+    if not isinstance(output, Tensor) or not use.plain or use.slices is not None or use.position is not None:
+        return False
     bound = use.rule.bind(args, kwargs)
     same = bound.keys() == use.arguments.keys() and all(use.arguments[name] is bound[name] for name in bound)
-    plain = same and use.plain and use.slices is None and use.position is None and isinstance(output, Tensor)
-    return plain and use.output_shape == output.shape and use.edge == get_gradient_edge(output)
+    return same and use.output_shape == output.shape and use.edge == get_gradient_edge(output)
 
 
 def _without_tensors(use: Use) -> Use:

@@ -383,7 +383,15 @@ def uses_are_all(
 
 def graph_of(start: Node | None) -> dict[Node, Sequence[Node]]:
     """The nodes of a graph from one on, each with those that follow it on the way to the leaves."""
-    return _followed((start,), (), _following)
+    found: dict[Node, Sequence[Node]] = {} if start is None else {start: ()}
+    pending = list(found)
+    for node in pending:  # which grows
+        found[node] = after = _following(node)
+        for following in after:
+            if following not in found:
+                found[following] = ()
+                pending.append(following)
+    return found
 
 
 def _following(node: Node) -> list[Node]:
