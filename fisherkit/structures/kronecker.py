@@ -208,7 +208,7 @@ class KroneckerFactors(UnitSums):
         if not isinstance(rows, FactoredRows):
             return self
         # Rows lie in the span of the factors' vectors where each of their positions is one of those.
-        spanning = chunk.whole and exists is None and not reduce
+        spanning = chunk.whole and not reduce and (exists is None or bool(exists.all()))
         if isinstance(rows, LastLayerRows):
             # A row of a position is zero at all others, so that "reduce" has the same sum.
             gradient = self.gradient.merge(SecondMoment(rows.outputs, (), rows.gradient_moment()))
@@ -220,7 +220,7 @@ class KroneckerFactors(UnitSums):
         shape = rows.activations.shape[:2]
         own = counted[0].shape == shape
         chunks = rows.chunks(constant=True)
-        if spanning and exists is None and (own or not token):
+        if spanning and (exists is not None or own or not token):
             activation = self.activation.add(*(a for _, a in chunks))
             return KroneckerFactors(activation, gradient, self.count + shape.numel(), self.transposed)
         everywhere = counted[0].any(1, keepdim=True)
