@@ -19,6 +19,6 @@ from fisherkit.io.tensors import FORMAT, read_tensors, replace_checked_file
 __all__ = [
     "CHECKSUM", "FORMAT", "FisherHeader", "Node", "PartsFile", "Reader", "State", "as_path", "check_folder",
     "differing", "is_closed", "leftovers", "parse", "part_folder", "parts_finished", "read", "read_header",
-    "read_record", "read_tensors", "record_of", "replace_checked_file", "replace_text", "replacing", "require_folder", "write",
-    "write_record",
+    "read_record", "read_tensors", "record_of", "replace_checked_file", "replace_text", "replacing", "require_folder",
+    "write", "write_record",
 ]  # fmt: skip
