@@ -84,11 +84,16 @@ class Processes:
         """Everyone's value, by rank; small objects and tensors on any device."""
         if self.size == 1:
             return [value]
-        data, found = io.BytesIO(), list[Any]([None] * self.size)
-        torch.save(value, data)
+        file, found, tensors = io.BytesIO(), list[Any]([None] * self.size), list[Tensor]()
+        data, _ = _packed(value, tensors)
+        if tensors:
+            torch.save(tensors, file)
         with self._connected():
-            dist.all_gather_object(found, data.getvalue(), group=self.group)
-        return [torch.load(io.BytesIO(one), map_location=self.device, weights_only=False) for one in found]
+            dist.all_gather_object(found, (data, file.getvalue()), group=self.group)
+        return [
+            _Unpickler(io.BytesIO(own), torch.load(io.BytesIO(sent), self.device) if sent else ()).load()
+            for own, sent in found
+        ]
 
     def all_reduced(self, sums: T) -> T:
         """What all processes have added up."""
@@ -333,7 +338,7 @@ class _Packer(pickle.Pickler):
         self._tensors, self._places = tensors, dict[int, int]()
 
     def persistent_id(self, obj: object) -> int | None:
-        if type(obj) is not Tensor:
+        if type(obj) is not Tensor or obj.layout != torch.strided:
             return None
         if id(obj) not in self._places:
             self._places[id(obj)] = len(self._tensors)

@@ -18,7 +18,8 @@ TIMEOUT = 120
 FORKED = multiprocessing.get_context("forkserver")
 """Processes are forked from one that has imported everything, which is most of what a short run takes."""
 
-FORKED.set_forkserver_preload(["pytest", "fisherkit.optim", "fisherkit.cli", "tests.commands"])
+# The first optimizer of torch's that a process makes imports its compiler, for seconds.
+FORKED.set_forkserver_preload(["pytest", "torch._dynamo", "fisherkit.optim", "fisherkit.cli", "tests.commands"])
 
 
 def _start(rank: int, size: int, folder: str, meets: str, function: Callable[..., Any], arguments: Any) -> None:

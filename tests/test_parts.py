@@ -24,12 +24,13 @@ import fisherkit as fk
 from examples.benchmarks.workloads import Decoder
 from fisherkit import build as builds
 from fisherkit.cli import app
+from fisherkit.io import parts as files
 from fisherkit.memory import give_back
 from fisherkit.rows.problem import Problem
 from fisherkit.structures import kronecker
 from tests import ranks
 from tests.axes import pairwise
-from tests.commands import Running
+from tests.commands import Running, own_module, run
 from tests.conformance_cases import KINDS, build, problem
 
 STRUCTURES = ("kfac", "ekfac", "nkp", "block")
@@ -325,10 +326,13 @@ def make():
 """
 
 
+ARGUMENTS = ["estimate", "slow_parts:make", "--kind", "exact", "--structure", "ekfac", "--memory-budget", "13000"]
+ARGUMENTS += ["--out", "f.safetensors"]
+
+
 def command(folder: Path) -> Running:
     (folder / "slow_parts.py").write_text(SLOW)
-    arguments = ["estimate", "slow_parts:make", "--kind", "exact", "--structure", "ekfac", "--memory-budget", "13000"]
-    return Running(folder, *arguments, "--out", "f.safetensors")
+    return Running(folder, *ARGUMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +361,25 @@ def test_estimate__stopped_after_a_part_goes_on_to_the_same_bytes(
     printed = again.end()
     assert again.status == 0 or first.status == 0, printed
     assert contents(tmp_path) == undisturbed
+
+
+def test_estimate__killed_between_the_index_and_the_record_comes_to_its_end(
+    undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(paths: Any) -> None:
+        raise KeyboardInterrupt
+
+    own_module(tmp_path, monkeypatch, "slow_parts", SLOW)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "delete", killed)
+        assert run(*ARGUMENTS).exit_code
+    record = tmp_path / "f.safetensors.parts.json"
+    assert contents(tmp_path).keys() - undisturbed.keys() == {record.name}
+    again = run(*ARGUMENTS)
+    assert again.exit_code == 0, again.output
+    assert not record.exists()
+    assert contents(tmp_path) == undisturbed
+    assert "--overwrite" in run(*ARGUMENTS).stderr  # of what is finished
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

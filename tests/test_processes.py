@@ -75,8 +75,6 @@ def compare(rank: int, size: int, cases: list[tuple[str, dict[str, Any]]]) -> di
             for f in (one, fisher)
         )
         assert everything.keys() == expected.keys()
-        if options.get("structure") == "block":
-            del everything["draws"]  # by a matrix in one process and by rows in another
         for name, found in everything.items():
             error = (found - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)
             worst[f"{kind} {options} {name}"] = float(error)
@@ -91,7 +89,7 @@ CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
     + [("exact", {"normalization": "sum"}), *(("exact", {"structure": s, "memory_budget": IN_PARTS}) for s in PARTED)],
     3: [(kind, {"structure": s}) for kind, s in paired(KINDS, STRUCTURES)]
     + [("ef", {"memory_budget": 1}), ("exact", {"memory_budget": 1}), ("truncated:2", {"max_rows": 5})],
-    4: [("sf:2", {"structure": s}) for s in ("full", "ekfac")],
+    4: [("sf:2", {"structure": s}) for s in ("full", "block", "ekfac")],
 }
 ALL = [(kind, {"structure": s}) for kind in KINDS for s in STRUCTURES]
 """What those of three processes stand for, in ``make test-thorough``."""
@@ -369,7 +367,11 @@ def test_build__sends_sums_once_whatever_the_number_of_batches(structure: str, n
     few, many = (ranks.run(2, sent, structure, batches)[0] for batches in (3, 12))
     assert few == many
     assert few[0] == 8 * numbers
-    assert few[1] < 20_000, "names, settings, and numbers of examples"
+    assert few[1] < 2_000, "names, settings, and numbers of examples"
+
+
+def test_nkp__sends_names_once_whatever_the_number_of_passes() -> None:
+    assert ranks.run(2, sent, "nkp", 3)[0][1] < 4_000
 
 
 def test_group__that_is_none_is_refused() -> None:

@@ -211,35 +211,38 @@ FOLLOWED = preconditioned({"kind": "truncated:2", "structure": "kfac", "damping"
 WRAPPERS = {"replicated": DistributedDataParallel, "in shards": sharded}
 
 
-def eight_steps(rank: int = 0, size: int = 1) -> list[tuple[Tensor, Tensor]]:
+def four_steps(rank: int = 0, size: int = 1) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(6)
-    x, y = torch.randn(8, 12, 5, generator=g, dtype=torch.float64), torch.randint(0, 4, (8, 12), generator=g)
+    x, y = torch.randn(4, 12, 5, generator=g, dtype=torch.float64), torch.randint(0, 4, (4, 12), generator=g)
     own = slice(rank * 12 // size, (rank + 1) * 12 // size)
     return list(zip(x[:, own], y[:, own], strict=True))
 
 
-def write_followed(rank: int, size: int, folder: str) -> None:
+def write_followed(rank: int, size: int, folder: str) -> dict[str, float]:
+    """A checkpoint of each wrapper's after two steps, and how far from one process two others end."""
     warnings.simplefilter("ignore")
     for name, wrapped in WRAPPERS.items():
         inner = network()
         model = wrapped(inner)
         preconditioner, sgd = FOLLOWED(model, None)
-        train_both(model, (preconditioner, sgd), eight_steps(rank, size)[:4])
+        train_both(model, (preconditioner, sgd), four_steps(rank, size)[:2])
         state = {"model": inner.state_dict(), "preconditioner": preconditioner.state_dict()}
         state["sgd"] = get_optimizer_state_dict(model, sgd)
         dcp.save({**state, "by number": sgd.state_dict()}, checkpoint_id=f"{folder}/{name}")
         if rank == 0:
             dcp_to_torch_save(f"{folder}/{name}", f"{folder}/{name}.pt")
+    dist.barrier()
+    return resume_followed(rank, size, folder)
 
 
 def resume_followed(rank: int, size: int, folder: str) -> dict[str, float]:
     """How far from one process that nobody interrupted: as the docs say, and by torch's numbers of parameters."""
     warnings.simplefilter("ignore")
     alone, found = network(), {}
-    train_both(alone, FOLLOWED(alone, False), eight_steps())
+    train_both(alone, FOLLOWED(alone, False), four_steps())
     for written in WRAPPERS:
         for name, wrapped in WRAPPERS.items() if size > 1 else [("alone", lambda inner: inner)]:
-            for saved in ("sgd", "by number") if name != "in shards" else ("sgd",):
+            for saved in ("sgd", "by number") if name == "alone" else ("sgd",):
                 state = torch.load(f"{folder}/{written}.pt", weights_only=True)
                 model = network(1)
                 model.load_state_dict(state["model"])
@@ -251,7 +254,7 @@ def resume_followed(rank: int, size: int, folder: str) -> dict[str, float]:
                     set_optimizer_state_dict(model, sgd, state["sgd"], options=whole)
                 else:
                     sgd.load_state_dict(state["by number"])
-                train_both(model, (preconditioner, sgd), eight_steps(rank, size)[4:])
+                train_both(model, (preconditioner, sgd), four_steps(rank, size)[2:])
                 found[f"{saved}: {written}, {name}"] = distance(model, alone)
     return found
 
@@ -259,9 +262,9 @@ def resume_followed(rank: int, size: int, folder: str) -> dict[str, float]:
 def test_checkpoint__of_an_optimizer_that_follows_is_by_names_of_parameters() -> None:
     """By their numbers, torch loses the momentum without a word: `dcp_to_torch_save` makes them strings."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks.run(2, write_followed, folder)
-        for size in (1, 2, 3):
-            for one in ranks.run(size, resume_followed, folder):
+        for size, function in ((2, write_followed), (1, resume_followed), (3, resume_followed)):
+            for one in ranks.run(size, function, folder):
                 assert isinstance(one, dict), one
                 assert max(error for name, error in one.items() if name.startswith("sgd")) < 1e-10, one
-                assert min(error for name, error in one.items() if name.startswith("by number")) > 1e-3, one
+                lost = [error for name, error in one.items() if name.startswith("by number")]
+                assert size > 1 or (len(lost) == 2 and min(lost) > 1e-3), one

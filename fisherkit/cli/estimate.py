@@ -78,7 +78,7 @@ class Estimate(ModelOptions):
             return
         if self.out is None:
             raise typer.BadParameter("Missing option '--out', the file to write; --plan needs none.")
-        check_fisher_file(self.out, f"{CALL} --out", overwrite=self.overwrite)
+        check_fisher_file(self.out, f"{CALL} --out", overwrite=self.overwrite or io.is_closed(self.out))
         with started(self.device) as (rank, size):
             if size > 1 and chosen.keeps_rows:
                 raise InvalidArgumentError(

@@ -12,13 +12,13 @@ never used.
 from fisherkit.io.atomic import as_path, check_folder, leftovers, part_folder, replace_text, replacing, require_folder
 from fisherkit.io.checksums import CHECKSUM, parse
 from fisherkit.io.fisher_file import FisherHeader, Node, Reader, State, read, read_header, write
-from fisherkit.io.parts import PartsFile, parts_finished, record_of
+from fisherkit.io.parts import PartsFile, is_closed, parts_finished, record_of
 from fisherkit.io.record import differing, read_record, write_record
 from fisherkit.io.tensors import FORMAT, read_tensors, replace_checked_file
 
 __all__ = [
     "CHECKSUM", "FORMAT", "FisherHeader", "Node", "PartsFile", "Reader", "State", "as_path", "check_folder",
-    "differing", "leftovers", "parse", "part_folder", "parts_finished", "read", "read_header", "read_record",
-    "read_tensors", "record_of", "replace_checked_file", "replace_text", "replacing", "require_folder", "write",
-    "write_record",
+    "differing", "is_closed", "leftovers", "parse", "part_folder", "parts_finished", "read", "read_header",
+    "read_record", "read_tensors", "record_of", "replace_checked_file", "replace_text", "replacing", "require_folder",
+    "write", "write_record",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ The same run gives the same bytes, whether it was interrupted or not.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,14 @@ def parts_finished(path: Path) -> tuple[int, int]:
     """How many parts a Fisher file in the making has, and how many of them are finished."""
     found = json.loads(record_of(path).read_text("utf-8"))
     return len(found["parts"]), len(found["finished"])
+
+
+def is_closed(path: Path) -> bool:
+    """Whether a Fisher file is finished whose record was not removed any more."""
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        saved: str = json.loads(record_of(path).read_text("utf-8"))["save"]
+        return saved == (header_at(index_of(path)) or {}).get("save")
+    return False
 
 
 class PartsFile:

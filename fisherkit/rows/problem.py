@@ -148,12 +148,14 @@ class Problem:
     checks: BatchChecks = field(default_factory=BatchChecks)
 
     @functools.cached_property
+    def shares(self) -> list[int]:
+        """How many examples each process has."""
+        return self.processes.gathered(self.processes.each("counting examples", self.source.count))
+
+    @property
     def examples(self) -> int:
         """How many examples the data have; of several processes, those of the one that has most."""
-        count = self.source.count
-        if self.processes.size == 1:
-            return count()
-        return max(self.processes.gathered(self.processes.each("counting examples", count)))
+        return max(self.shares)
 
     def better(self, batch: Batch) -> BetterPlanError:
         """What a batch shows that another process has."""

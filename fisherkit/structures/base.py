@@ -391,8 +391,10 @@ class LayerSums(Sums):
         return replace(self, units=units)
 
     def all_reduced(self, processes: Processes) -> LayerSums:
-        """Of what all processes added up in this pass; what is done they have alike."""
-        return replace(self, units=everywhere(self.units, processes))
+        """Of what all processes added up in this pass; after the first they have the same units."""
+        if self.done is None:
+            return replace(self, units=everywhere(self.units, processes))
+        return replace(self, units={names: unit.all_reduced(processes) for names, unit in self.units.items()})
 
     @property
     def whole(self) -> dict[Names, UnitSums]:

@@ -84,32 +84,33 @@ class Block(RowStructure):
         return self.modules
 
     def bytes(self, problem: Problem) -> int:
-        """Of each module, its rows or its matrix, whichever is smaller."""
-        return sum(min(sizes) for sizes in self._sizes(problem).values())
+        """Of each module, its rows or its matrix."""
+        return sum(size for size, _ in self._sizes(problem).values())
 
     def peak(self, problem: Problem) -> int:
         """Of batches' rows one module's exist twice, a matrix as the sum and as the operator's."""
         sizes = self._sizes(problem).values()
-        twice = max((rows for rows, matrix in sizes if rows <= matrix), default=0)
+        twice = max((size for size, dense in sizes if not dense), default=0)
         several = problem.first_size < problem.examples
-        return sum(rows if rows <= matrix else 2 * matrix for rows, matrix in sizes) + several * twice
+        return sum((1 + dense) * size for size, dense in sizes) + several * twice
 
     def summed(self, problem: Problem) -> int:
         """Rows of batches before, and a matrix as the sum."""
         return self.bytes(problem)
 
-    def _sizes(self, problem: Problem) -> dict[Names, tuple[int, int]]:
-        """Bytes of each module's rows and of its matrix."""
-        examples, space = problem.examples, self.space
-        return {
-            names: (examples * problem.row_bytes(names), self.item * space.restrict(names).size ** 2)
-            for names in self.modules
-        }
+    def _sizes(self, problem: Problem) -> dict[Names, tuple[int, bool]]:
+        """Bytes of each module here, and whether they are its matrix's, which has fewer numbers than all rows."""
+        found = {}
+        for names in self.modules:
+            row, matrix = problem.row_bytes(names), self.item * self.space.restrict(names).size ** 2
+            dense = matrix < row * sum(problem.shares)
+            found[names] = (matrix if dense else row * problem.examples), dense
+        return found
 
     def empty(self, problem: Problem | None = None) -> BlockSums:
         """Nothing yet; rows of one step are kept as they are."""
         sizes = {} if problem is None else self._sizes(problem)
-        dense = [names for names, (rows, matrix) in sizes.items() if matrix < rows]
+        dense = [names for names, (_, by_matrix) in sizes.items() if by_matrix]
         others = self.space.restrict(n for names in self.modules if names not in dense for n in names)
         return BlockSums({names: self.space.restrict(names) for names in dense}, others)
 

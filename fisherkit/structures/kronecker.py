@@ -208,7 +208,7 @@ class KroneckerFactors(UnitSums):
         if not isinstance(rows, FactoredRows):
             return self
         # Rows lie in the span of the factors' vectors where each of their positions is one of those.
-        spanning = chunk.whole and exists is None and not reduce
+        spanning = chunk.whole and not reduce and (exists is None or bool(exists.all()))
         if isinstance(rows, LastLayerRows):
             # A row of a position is zero at all others, so that "reduce" has the same sum.
             gradient = self.gradient.merge(SecondMoment(rows.outputs, (), rows.gradient_moment()))
@@ -220,7 +220,7 @@ class KroneckerFactors(UnitSums):
         shape = rows.activations.shape[:2]
         own = counted[0].shape == shape
         chunks = rows.chunks(constant=True)
-        if spanning and exists is None and (own or not token):
+        if spanning and (exists is not None or own or not token):
             activation = self.activation.add(*(a for _, a in chunks))
             return KroneckerFactors(activation, gradient, self.count + shape.numel(), self.transposed)
         everywhere = counted[0].any(1, keepdim=True)
@@ -411,6 +411,10 @@ class KFAC(LayerStructure):
             turned = max(turned, sum(turning) + max(turning, default=0))
         return self.item * turned, self.item * kept
 
+    @staticmethod
+    def _many(vectors: float, *sides: int) -> bool:
+        return max(sides) >= LARGE and vectors >= max(sides)
+
     def _factors(self, problem: Problem) -> int:
         return self.item * sum(i**2 + o**2 for i, o in _sides(problem))
 
@@ -435,7 +439,7 @@ class KFAC(LayerStructure):
         if thin and widest >= LARGE:
             each = slot.rows.activations.shape[:2].numel() / max(1, chunk.counted)
             # Where not all positions count, perhaps half of them do.
-            thin = (self.expected() or 0) * each * (1.0 if chunk.whole else 0.5) < widest
+            thin = not self._many((self.expected() or 0) * each * (1.0 if chunk.whole else 0.5), widest)
         return KroneckerFactors.zeros(slot.rows, thin=thin).added(slot, chunk, self)
 
 
