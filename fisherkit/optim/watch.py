@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from fisherkit.rows.differentiable import HOOKS_FIRE, OWN_PASS, uncompiled
+from fisherkit.rows.differentiable import COMPILER, HOOKS_FIRE, OWN_PASS, UNCOMPILED
 from fisherkit.rows.record import Recorder
 
 Begins: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Recorder | None]
@@ -101,9 +101,9 @@ class Watch:
         recorder = begins(args, kwargs)
         if recorder is not None:
             self._active.append(recorder)
-            if not _UNCOMPILED:
-                _STANCE.enter_context(uncompiled())
-            _UNCOMPILED.append(recorder)
+            if not _RUNNING and COMPILER in sys.modules:  # whose code must not meet what watches a call
+                _STANCE.enter_context(torch.compiler.set_stance(UNCOMPILED))
+            _RUNNING.append(recorder)
             recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, output: Any) -> None:
@@ -120,7 +120,7 @@ class Watch:
 
 _LIVE: weakref.WeakSet[Watch] = weakref.WeakSet()
 _STANCE = ExitStack()
-_UNCOMPILED: list[Recorder] = []
+_RUNNING: list[Recorder] = []
 """Recorders of calls that run now, which are left in any order; until the last is, nothing is compiled."""
 
 
@@ -177,6 +177,6 @@ def _remove(handles: list[Any], active: list[Recorder]) -> None:
 def _leave_all(active: list[Recorder]) -> None:
     while active:
         leave(active[-1])
-        _UNCOMPILED.remove(active.pop())
-        if not _UNCOMPILED:
+        _RUNNING.remove(active.pop())
+        if not _RUNNING:
             _STANCE.close()

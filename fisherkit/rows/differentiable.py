@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from operator import is_
 from typing import Any
@@ -31,6 +31,9 @@ TARGETS = (8, 0, -8)
 
 HOOKS_FIRE = ("ignore", re.compile("Full backward hook is firing when gradients"), UserWarning, None, 0)
 """The filter, in passes of the package's own, of what torch says of users' hooks in users' own passes, too."""
+
+COMPILER, UNCOMPILED = "torch._dynamo", "force_eager"
+"""The module without which nothing is compiled, and the stance in which compiled parts run as they were written."""
 
 _PLAIN = {bool, int, float, str, type(None), tuple}
 _HOOKS = {name for name in vars(nn.Module()) if "_hooks" in name}
@@ -57,7 +60,10 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
         for p, flag in zip(parameters, flags, strict=True):
             if not flag:
                 p.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad(), kept_whole(model), _plain_checkpoints(), uncompiled():
+        with (
+            torch.inference_mode(False), torch.enable_grad(), kept_whole(model), _plain_checkpoints(),
+            torch.compiler.set_stance(UNCOMPILED) if COMPILER in sys.modules else nullcontext(),
+        ):  # fmt: skip
             yield
     finally:
         if HOOKS_FIRE in warnings.filters:  # which a model may have reset
@@ -67,13 +73,6 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
         for p, flag in zip(parameters, flags, strict=True):
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """Compiled parts run as they were written: no compiler sees the functions that watch them."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def pulled_back(z: Tensor, inputs: Sequence[Any], v: Tensor, *, keep: bool = True) -> tuple[Tensor | None, ...]:
