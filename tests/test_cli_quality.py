@@ -112,7 +112,7 @@ def test_quality__takes_one_batch_and_writes_nothing_unasked(folder: Path) -> No
         (["no_such_module:make"], "no 'no_such_module' in the current folder"),
         (["users_module.inner:make"], "expected a module that can be imported"),
         (["users_module:nothing"], "has no such name"),
-        (["users_module:number"], "has an int there"),
+        (["users_module:number"], "has something of type int there"),
         (["users_module:needs"], "needs arguments"),
         (["users_module:alone"], "expected a pair (model, data)"),
         (["users_module:no_batch"], "data: got no batch"),

@@ -153,7 +153,7 @@ def call_factory(spec: str, call: str) -> Any:
     if not callable(function):
         raise InvalidArgumentError(
             call, repr(spec), f"a function {name!r} in the module {module!r}",
-            why=f"the module has {'no such name' if function is None else f'a {type(function).__name__} there'}",
+            why=f"the module has {'no such name' if function is None else f'something of type {type(function).__name__} there'}",
         )  # fmt: skip
     try:
         inspect.signature(function).bind()
