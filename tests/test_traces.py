@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkit as fk
-from fisherkit.errors import DataError, ModelError
+from fisherkit.errors import ModelError
 from fisherkit.rows.batch_axis import Tracker
 from tests import by_hand
 
@@ -123,49 +123,6 @@ def test_step__examples_that_meet_later_are_refused(way: str, monkeypatch: pytes
     monkeypatch.setitem(WAY, "", way)
     with pytest.raises(ModelError, match="rest of"):
         _step(model, batch, optimizer)
-
-
-def _exchanged(h: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunction(), torch.no_grad():  # where nobody sees it
-        h.copy_(h.flip(0))
-    return h
-
-
-MEETING: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "an axis": (lambda h: h.roll(1, 1), lambda h: h.roll(1, 0)),
-    "an axis by name": (lambda h: h.roll(shifts=1, dims=1), lambda h: h.roll(shifts=1, dims=0)),
-    "axes in a tuple": (lambda h: h.flip((1,)), lambda h: h.flip((0,))),
-    "a slice": (lambda h: torch.cat([h, h])[: len(h)], lambda h: torch.cat([h.detach(), h])[1 : len(h) + 1]),
-    "an operand": (lambda h: (h.mT, h.mT.mT)[1], lambda h: (h.mT, h.mT)[1]),
-    "what is returned": (lambda h: (h.flip(0), h * 1.5)[1], lambda h: (h.flip(0), h * 1.5)[0]),
-    "memory": (lambda h: h * 1.5, lambda h: _exchanged(h) * 1.5),
-}
-"""What keeps examples apart, and what calls the same functions and does not; of as many examples as features."""
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("way", MEETING)
-def test_examples__that_meet_by_the_same_functions_are_refused(
-    way: str, last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known, other = MEETING[way]
-    x, y = data(5)
-    if last:  # what becomes of the outputs
-        monkeypatch.setattr(Model, "forward", lambda self, x: WAYS[""](self.b(self.a(x).tanh()), x))
-        known, other = (lambda h, _, f=f: f(h) for f in (known, other))  # type: ignore[misc]
-    else:
-        known, other = (lambda _, h, f=f: f(h) for f in (known, other))  # type: ignore[misc]
-    monkeypatch.setitem(WAYS, "", known)
-    model = Model().double()
-    optimizer = fk.optim.NaturalGradient(model, 1e-3, kind="ef", gram_damping=0.1)
-    for _ in range(4):
-        fk.EmpiricalFisher(model, (x, y))
-        _step(model, (x, y), optimizer)
-    monkeypatch.setitem(WAYS, "", other)
-    with pytest.raises((ModelError, DataError)):
-        fk.EmpiricalFisher(model, (x, y))
-    with pytest.raises((ModelError, DataError, RuntimeError)):
-        _step(model, (x, y), optimizer)
 
 
 @pytest.mark.parametrize("hook", ["on the output", "on a node"])
