@@ -129,6 +129,7 @@ class Tracker:
         placed: whether something differentiable met a constant that differs from place to place in the batch.
         numbers: that functions were given, Python's or a constant's only entry, which may depend on how many examples
             there are.
+        plain: whether all this came of shapes and settings alone, and not of what is in tensors.
     """
 
     def __init__(self, batch: int) -> None:
@@ -176,7 +177,6 @@ class Tracker:
 
     @property
     def plain(self) -> bool:
-        """Whether all that was noted came of shapes and settings alone, and not of what is in tensors."""
         numbers = self._valued or self._real or self._answers or self._ragged or self.read or self.drawn
         return not (numbers or self.lost or self.met or self.placed or self.decided or self.reduced)
 

@@ -109,8 +109,7 @@ class Reader:
             name = self._names.get(id(value))
             if name is not None:
                 return name, Tensor
-            plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested and value.grad_fn is None
-            plain = plain and value.numel() != 1
+            plain = type(value) in (Tensor, nn.Parameter) and value.grad_fn is None and value.numel() != 1
             return (value.shape, value.dtype, value.requires_grad) if plain else self._nothing()
         if isinstance(value, (list, tuple)):
             return type(value), *map(self._told, value)
@@ -131,7 +130,7 @@ class Reader:
         """What a call gave back, likewise."""
         if isinstance(output, Tensor):
             place = self._place(output)
-            if place is not None or type(output) is not Tensor or output.is_nested:
+            if place is not None or type(output) is not Tensor:
                 return place or self._nothing()
             return output.shape, output.dtype, output.requires_grad
         if isinstance(output, (list, tuple)):
@@ -213,13 +212,12 @@ class Reader:
         return trace.decided
 
 
-def _is_of(use: Use, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> bool:
+def _is_of(use: Use, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> bool:
     """Whether a use is the call itself, of parameters as they are."""
-    if not isinstance(output, Tensor) or not use.plain or use.slices is not None or use.position is not None:
-        return False
     bound = use.rule.bind(args, kwargs)
     same = bound.keys() == use.arguments.keys() and all(use.arguments[name] is bound[name] for name in bound)
-    return same and use.output_shape == output.shape and use.edge == get_gradient_edge(output)
+    plain = same and use.plain and use.slices is None and use.position is None and isinstance(output, Tensor)
+    return plain and use.output_shape == output.shape and use.edge == get_gradient_edge(output)
 
 
 def _without_tensors(use: Use) -> Use:
