@@ -32,6 +32,7 @@ from fisherkit.rows.rules import (
     ADDED,
     BATCH_NORM,
     COPIED,
+    RULES,
     ContractionRule,
     ConvolutionRule,
     ElementwiseRule,
@@ -128,7 +129,7 @@ class Recorder(TorchFunctionMode):
     @property
     def plain(self) -> bool:
         """Whether all that was noted came of the functions that were called, and of no numbers in tensors."""
-        beside = self.outside_rules or self.without_graph or self.casts or self.packed or self.hooked
+        beside = self.outside_rules or self.without_graph or self.random or self.casts or self.packed or self.hooked
         return not beside and self._derivations.bare and self.tracker.plain
 
     def ended(self, z: Tensor) -> dict[Any, Any] | None:
@@ -214,11 +215,13 @@ class Recorder(TorchFunctionMode):
         own, graph = self._derivations.among(given), torch.is_grad_enabled()
         if own and not graph:
             self.without_graph.update(name for _, made in own for name in made.names)
-        if own and graph:
+        if own and graph and not self._is_plain(func, args, kwargs, own):
             output = self._with_parameters(func, args, kwargs, own)
         else:
             output = func(*args, **kwargs)
             self._see(func, args, kwargs, output, given)
+            if own and graph and output.numel():
+                self._note(RULES[func], RULES[func].bind(args, kwargs), output)
         if isinstance(output, Tensor) and output.requires_grad and output.dtype != self.coarsest:
             self.coarsest = coarser(self.coarsest, output.dtype)
         return output
@@ -261,6 +264,17 @@ class Recorder(TorchFunctionMode):
             # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
             self._leave(self._derivations.among(tensors(args, kwargs)))
         return output
+
+    def _is_plain(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
+    ) -> bool:
+        """Whether a layer of data was given parameters as they are, in their places, and no other way is open to it."""
+        if type(RULES.get(func)) is not LinearRule or kwargs or not 1 < len(args) <= 3:
+            return False
+        x = args[0]
+        status = self.tracker.status(x) if isinstance(x, Tensor) else Mark.FREE
+        usual = isinstance(status, Axis) and all(made.layout == SAME and made.lookup is None for _, made in own)
+        return usual and own[0][0] is args[1] and x is not args[1] and self._derivations.of(x) is None
 
     def _unrolled(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A recurrent layer, as its linear maps."""

@@ -35,7 +35,7 @@ _KEPT = (int, str, type(None), torch.dtype, torch.device, torch.layout, torch.me
 class Step(NamedTuple):
     """A function call and what it gave back, as `Reader.told` and `Reader.form` say them, and what was found.
 
-    ``uses`` are those that were noted, ``numbers`` how many the tracker had then; others are a `Recorder`'s.
+    ``uses`` are those that were noted, ``numbers`` how many the tracker had then, and ``coarsest`` is a `Recorder`'s.
     """
 
     told: tuple[Any, ...]
@@ -43,7 +43,6 @@ class Step(NamedTuple):
     uses: tuple[Use, ...]
     numbers: int
     coarsest: torch.dtype
-    random: bool
 
 
 @dataclass
@@ -162,7 +161,7 @@ class Reader:
             version = version_of(arguments[use.rule.input_name])
             vars(found).update(vars(use), arguments=arguments, edge=get_gradient_edge(output), version=version)
             recorder.uses.append(found)
-        recorder.coarsest, recorder.random = step.coarsest, step.random
+        recorder.coarsest = step.coarsest
         return True
 
     def note(
@@ -178,8 +177,7 @@ class Reader:
             self._put(made)
             self._statuses.append(recorder.tracker.noted(made))
         bare = tuple(map(_without_tensors, new))
-        number = len(recorder.tracker.numbers)
-        self._steps.append(Step(told, form, bare, number, recorder.coarsest, recorder.random))
+        self._steps.append(Step(told, form, bare, len(recorder.tracker.numbers), recorder.coarsest))
         return True
 
     def give_up(self, recorder: Recorder) -> None:
