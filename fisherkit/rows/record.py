@@ -171,26 +171,26 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         self.packed = self.packed or _packs()
         reader = self._reader
-        if reader is None or func is F.multi_head_attention_forward:  # whose own calls are seen one by one
+        if reader is None or func is F.multi_head_attention_forward or func in RECURRENT:  # which become others
+            self._stop_reading()
             return self._seen(func, args, kwargs)
         told, uses = reader.told(func, args, kwargs), len(self.uses)
         step = reader.step(told)
         if step is None:
             if reader.trace is not None:
-                self._follow()
+                self._stop_reading()
             output = self._seen(func, args, kwargs)
             if reader.trace is None and not reader.note(told, args, kwargs, output, self, uses):
                 self._reader = None
             return output
         output = func(*args, **kwargs)
         if not reader.takes(step, args, kwargs, output, self):  # which no function does that is given the same
-            self._follow()
+            self._stop_reading()
             self.tracker.lost = True
             self._leave(self._derivations.among(tensors(args, kwargs)))
         return output
 
-    def _follow(self) -> None:
-        """Follow the rest of the pass, which is another than the one that is known."""
+    def _stop_reading(self) -> None:
         if self._reader is not None:
             self._reader.give_up(self)
         self._reader = None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from fisherkit.rows.batch_axis import READS, Mark, Status, tensors
+from fisherkit.rows.batch_axis import Mark, Status
 from fisherkit.rows.differentiable import version_of
 from fisherkit.rows.rules import Use
 
@@ -33,13 +33,15 @@ _KEPT = (int, str, type(None), torch.dtype, torch.device, torch.layout, torch.me
 
 
 class Step(NamedTuple):
-    """A function call and what it gave back, as `Reader.told` and `Reader.form` say them, and what was found.
+    """A function call, as `Reader.told` says it, and what was found.
 
-    ``uses`` are those that were noted, ``numbers`` how many the tracker had then, and ``coarsest`` is a `Recorder`'s.
+    ``made`` are the output's shape and dtype and whether it has a gradient, ``uses`` those that were noted, ``numbers``
+    how many the tracker had then, and ``coarsest`` as of a `Recorder`.
     """
 
     told: tuple[Any, ...]
-    made: Any
+    made: tuple[Any, ...]
+    status: Status | None
     uses: tuple[Use, ...]
     numbers: int
     coarsest: torch.dtype
@@ -47,10 +49,9 @@ class Step(NamedTuple):
 
 @dataclass
 class Trace:
-    """The steps of a pass, what is known of all that was made, the place of the outputs, and what was decided of it."""
+    """The steps of a pass, the place of its outputs among what was made, and what was decided of such passes."""
 
     steps: Sequence[Step]
-    statuses: Sequence[Status | None]
     numbers: Sequence[float]
     outputs: int
     decided: dict[Any, Any] = field(default_factory=dict)
@@ -83,7 +84,6 @@ class Reader:
         self.trace = traces.get(key)
         self.at, self._inputs, self._unknown = 0, len(inputs), False
         self._steps: list[Step] = []
-        self._statuses: list[Status | None] = []
         self._places: dict[int, tuple[weakref.ref[Tensor], int | None, tuple[str, int]]] = {}
         self._made: list[weakref.ref[Tensor]] = []
         for x in inputs:
@@ -95,16 +95,16 @@ class Reader:
         self._made.append(reference)
 
     def told(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """A call in a form that can be compared, with places for tensors; never the same where one is unknown."""
+        """A call in a form that can be compared, with places instead of tensors; of what is not known never the same."""
         self._unknown = False
         named = tuple((name, self._told(value)) for name, value in kwargs.items())
         return function, torch.is_grad_enabled(), tuple(map(self._told, args)), named
 
     def _told(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            place = self._place(value)
-            if place is not None:
-                return place
+            found = self._places.get(id(value))
+            if found is not None and found[0]() is value:
+                return found[2] if found[1] == version_of(value) else self._nothing()  # written to where nobody saw it
             name = self._names.get(id(value))
             if name is not None:
                 return name, Tensor
@@ -117,24 +117,6 @@ class Reader:
         if type(value) in (float, bool):
             return type(value), value
         return value if type(value) in _KEPT else self._nothing()
-
-    def _place(self, tensor: Tensor) -> tuple[str, int] | object | None:
-        """Of what was made before, or of an input; never the same where it was written to and nobody saw it."""
-        found = self._places.get(id(tensor))
-        if found is None or found[0]() is not tensor:
-            return None
-        return found[2] if found[1] == version_of(tensor) else self._nothing()
-
-    def form(self, output: Any) -> Any:
-        """What a call gave back, likewise."""
-        if isinstance(output, Tensor):
-            place = self._place(output)
-            if place is not None or type(output) is not Tensor:
-                return place or self._nothing()
-            return output.shape, output.dtype, output.requires_grad
-        if isinstance(output, (list, tuple)):
-            return type(output), *map(self.form, output)
-        return self._told(output)
 
     def _nothing(self) -> object:
         self._unknown = True
@@ -150,11 +132,10 @@ class Reader:
         self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, recorder: Recorder
     ) -> bool:
         """Take over what was found of a step, if it has made the same."""
-        if self.form(output) != step.made:
+        if _form(output) != step.made:
             return False
         self.at += 1
-        for made in tensors(output):
-            self._put(made)
+        self._put(output)
         for use in step.uses:
             arguments = use.rule.bind(args, kwargs)
             found = object.__new__(Use)
@@ -169,15 +150,15 @@ class Reader:
         uses: int,
     ) -> bool:  # fmt: skip
         """Note a call of a pass that leaves a trace; whether it still does. ``uses`` there were before."""
-        form, new = self.form(output), recorder.uses[uses:]
-        if self._unknown or told[0] in READS or not all(_is_of(use, args, kwargs, output) for use in new):
+        known, new = self._places.get(id(output)), recorder.uses[uses:]
+        fits = type(output) is Tensor and not (known is not None and known[0]() is output) and not self._unknown
+        if not fits or not all(_is_of(use, args, kwargs, output) for use in new):
             self._traces[self._key] = None
             return False
-        for made in tensors(output):
-            self._put(made)
-            self._statuses.append(recorder.tracker.noted(made))
-        bare = tuple(map(_without_tensors, new))
-        self._steps.append(Step(told, form, bare, len(recorder.tracker.numbers), recorder.coarsest))
+        self._put(output)
+        status, numbers = recorder.tracker.noted(output), len(recorder.tracker.numbers)
+        bare = [_without_tensors(use) for use in new]
+        self._steps.append(Step(told, _form(output), status, tuple(bare), numbers, recorder.coarsest))
         return True
 
     def give_up(self, recorder: Recorder) -> None:
@@ -185,10 +166,10 @@ class Reader:
         trace, tracker = self.trace, recorder.tracker
         if trace is None or not self.at:
             return
-        for status, reference in zip(trace.statuses, self._made[self._inputs :], strict=False):
+        for step, reference in zip(trace.steps, self._made[self._inputs :], strict=False):
             made = reference()
-            if made is not None and status is not None:
-                tracker.mark(made, status)
+            if made is not None and step.status is not None:
+                tracker.mark(made, step.status)
                 tracker.lost = tracker.lost or self._places[id(made)][1] != version_of(made)
         tracker.numbers = list(trace.numbers[: trace.steps[self.at - 1].numbers])
         self._traces.pop(self._key, None)
@@ -199,14 +180,13 @@ class Reader:
         place = -1 if reference is None or reference() is not z or version != version_of(z) else place
         if (trace := self.trace) is None:
             plain = place >= self._inputs and recorder.plain
-            kept = Trace(self._steps, self._statuses, recorder.tracker.numbers, place)
-            self._traces[self._key] = kept if plain else None
+            self._traces[self._key] = Trace(self._steps, recorder.tracker.numbers, place) if plain else None
             return None
         if self.at < len(trace.steps) or place != trace.outputs:
             self.give_up(recorder)
             return None
         recorder.tracker.numbers = list(trace.numbers)
-        recorder.tracker.mark(z, trace.statuses[place - self._inputs] or Mark.FREE)
+        recorder.tracker.mark(z, trace.steps[place - self._inputs].status or Mark.FREE)
         return trace.decided
 
 
@@ -214,8 +194,12 @@ def _is_of(use: Use, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: T
     """Whether a use is the call itself, of parameters as they are."""
     bound = use.rule.bind(args, kwargs)
     same = bound.keys() == use.arguments.keys() and all(use.arguments[name] is bound[name] for name in bound)
-    plain = same and use.plain and use.slices is None and use.position is None and isinstance(output, Tensor)
+    plain = same and use.plain and use.slices is None and use.position is None
     return plain and use.output_shape == output.shape and use.edge == get_gradient_edge(output)
+
+
+def _form(output: Any) -> tuple[Any, ...]:
+    return (output.shape, output.dtype, output.requires_grad) if type(output) is Tensor else ()
 
 
 def _without_tensors(use: Use) -> Use:

@@ -149,12 +149,10 @@ class RuledUnit(Unit):
         rows = self.rule.rows(use, a, selection.take(g), selection.example)
         if (self.stored or self.viewed) and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
-        regular = [one for one in places if isinstance(one, Regular) and one.alive is None]
-        if len(regular) == len(places):
-            batch, inner = regular[0].batch, regular[0].inner
-            plain = len(own) == 1 and self.form is None and type(self.rule) is LinearRule and use is uses[own[0]]
-            if plain and batch * inner == use.lead.numel():
-                pulled.decided[self.names] = own[0], (batch, inner, -1)
+        if all(isinstance(one, Regular) and one.alive is None for one in places):
+            if len(own) == 1 and self.form is None and type(self.rule) is LinearRule and use is uses[own[0]]:
+                if isinstance(places[0], Regular) and places[0].batch * places[0].inner == use.lead.numel():
+                    pulled.decided[self.names] = own[0], (places[0].batch, places[0].inner, -1)
             return UnitSlot(self.names, rows)
         triples = zip(places, found, entries, strict=True)
         exist = [one.exists(whole.shape[2], g.shape[2]).to(v.device) for one, whole, g in triples]
