@@ -166,8 +166,7 @@ class Capture:
         watched = Watched.seen(recorder, z)
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
-            watched = replace(watched)  # of which nothing has been decided by this plan
-        hidden = watched.once("hidden", lambda: [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)])
+        hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
         cut = [name for name in hidden if name in recorder.without_graph]
         if cut or plan not in self._seen:
             self._seen.add(plan)
@@ -249,9 +248,7 @@ class Capture:
         """
         chance = seen.random or seen.drawn
         known = seen.replaced(drawn=False, numbers=batch.size) if seen.drawn else seen
-        bare = seen.decided_before if seen.bare else {}  # of the same pass, once compared, nothing is asked again
-        if bare.get("compared") is self._checks or not self._checks.is_due(plan, batch.size, known):
-            bare["compared"] = self._checks
+        if not self._checks.is_due(plan, batch.size, known):
             return
         batch = batch.to(device := plan.example_parameter.device)
         alike = not (chance or coupled or torch.is_autocast_enabled(device.type))
@@ -273,8 +270,6 @@ class Capture:
 
     def _refuse_nonlinear(self, plan: Plan, seen: Watched, coupled: list[str]) -> None:
         """Refuse rows that a backward pass which is not linear would not have."""
-        if not (plan.nonlinear or plan.may_be_nonlinear(seen)):
-            return
         # Rows along the gradient are multiples of the user's, but for those without a rule.
         ruled = {name for unit in plan.ruled for name in unit.names}
         multiples = self.rule.along_gradient and not coupled

@@ -255,13 +255,7 @@ class Plan(Findings):
 
         Cost: none where there are neither functions nor hooks of users, else that of `nonlinear`.
         """
-        found = nonlinear(self, seen, batch) if self.may_be_nonlinear(seen) else frozenset()
-        plan = replace(self, nonlinear=self.nonlinear | found) if found else self
-        plan.refuse_nonlinear(call, names, try_)
-
-    def may_be_nonlinear(self, seen: Watched) -> bool:
-        """Whether functions or hooks of users have a hand in a pass's gradients."""
-        return seen.users or any(p._backward_hooks for p in self.parameters.values())
+        replace(self, nonlinear=self.nonlinear | nonlinear(self, seen, batch)).refuse_nonlinear(call, names, try_)
 
     def refuse_nonlinear(self, call: str, names: Collection[str] | None = None, try_: str = OF_GRADIENTS) -> None:
         """Refuse rows of other vectors, or multiples of vectors, than autograd itself is given.
@@ -491,7 +485,7 @@ def nonlinear(plan: Plan, watched: Watched, batch: Batch | None) -> frozenset[st
     pass of its own if there is a batch.
     """
     own, z = plan.parameters, watched.z
-    if not plan.may_be_nonlinear(watched):
+    if not (watched.users or any(p._backward_hooks for p in own.values())):
         return frozenset()
     drawn, examples = torch.Generator(z.device).manual_seed(1), torch.arange(len(z), device=z.device)
     v = torch.randn(3, *z.shape, generator=drawn, dtype=at_least_single(z.dtype), device=z.device)
