@@ -149,7 +149,7 @@ class Capture:
             return None
         batch = Batch.of_call(args, kwargs)
         plan, coupled = self._plan(tuple(own.values()), batch, known), self._training(_BatchNorm)
-        recorder = Recorder(own, batch.size, batch.batched, plan.shared, training=True, traces=plan.traces)
+        recorder = Recorder(own, batch.size, batch.batched, plan.shared, training=True)
         others = device_generators(plan.example_parameter.device)
         self._begun = recorder, plan, batch, coupled, rng_state(others) if coupled else None
         return recorder

@@ -44,7 +44,6 @@ from fisherkit.rows.rules import (
     contraction,
     rule_for,
 )  # fmt: skip
-from fisherkit.rows.trace import Traces
 
 Operands = Sequence[tuple[Tensor, Derived]]
 """Tensors made of chosen parameters among a function's arguments."""
@@ -86,7 +85,6 @@ class Recorder(TorchFunctionMode):
         training: a training step's own forward pass, in which dropout may be active.
         constant_statistics: batch norm in train mode uses its batch's statistics as if they were constants, and leaves
             its running ones alone.
-        traces: of passes before, of which this one may be; None where there is nothing to know of any.
 
     Attributes:
         uses: what was seen.
@@ -103,10 +101,9 @@ class Recorder(TorchFunctionMode):
 
     def __init__(
         self, names: Mapping[int, str], batch: int, inputs: Iterable[Tensor] = (), shared: Collection[str] = (),
-        *, positions: int = 0, training: bool = False, constant_statistics: bool = False, traces: Traces | None = None,
+        *, positions: int = 0, training: bool = False, constant_statistics: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        inputs = list(inputs)
         self.names, self.batch, self.shared = names, batch, shared
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
@@ -123,19 +120,6 @@ class Recorder(TorchFunctionMode):
             self.tracker.mark(tensor, Axis(0))
             if self._along is not None and tensor.ndim > 1 and tensor.shape[1] == positions:
                 self._along.mark(tensor, Axis(1))
-        followed = traces is None or self._along is not None or constant_statistics
-        self._reader = None if followed or traces is None else traces.begun(names, batch, inputs, training)
-
-    @property
-    def plain(self) -> bool:
-        """Whether all that was noted came of the functions that were called, and of no numbers in tensors."""
-        beside = self.outside_rules or self.without_graph or self.random or self.casts or self.packed or self.hooked
-        return not beside and self._derivations.bare and self.tracker.plain
-
-    def ended(self, z: Tensor) -> dict[Any, Any] | None:
-        """The pass is over: what was decided of others that did the same, for this one too; None where it is new."""
-        found = None if self._reader is None else self._reader.ended(self, z)
-        return None if self.hooked or self.packed else found
 
     @property
     def hooked(self) -> bool:
@@ -170,33 +154,6 @@ class Recorder(TorchFunctionMode):
         if self.muted:
             return func(*args, **kwargs)
         self.packed = self.packed or _packs()
-        reader = self._reader
-        if reader is None or func is F.multi_head_attention_forward or func in RECURRENT:  # which become others
-            self._stop_reading()
-            return self._seen(func, args, kwargs)
-        told, uses = reader.told(func, args, kwargs), len(self.uses)
-        step = reader.step(told)
-        if step is None:
-            if reader.trace is not None:
-                self._stop_reading()
-            output = self._seen(func, args, kwargs)
-            if reader.trace is None and not reader.note(told, args, kwargs, output, self, uses):
-                self._reader = None
-            return output
-        output = func(*args, **kwargs)
-        if not reader.takes(step, args, kwargs, output, self):  # which no function does that is given the same
-            self._stop_reading()
-            self.tracker.lost = True
-            self._leave(self._derivations.among(tensors(args, kwargs)))
-        return output
-
-    def _stop_reading(self) -> None:
-        if self._reader is not None:
-            self._reader.give_up(self)
-        self._reader = None
-
-    def _seen(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the function, and note what it does."""
         if func in _LOOKED_AT:
             random = _random(func, args, kwargs)
             _refuse(func, args, kwargs, random=random, training=self.training)
