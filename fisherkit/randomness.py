@@ -8,6 +8,7 @@ for.
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -97,10 +98,14 @@ def _place_of_numpy() -> bytes | None:
 
     Read where it lies: NumPy takes ten times as long to write a state out as all others together.
     """
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not np.random.MT19937:
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, 4 * 625)  # the twister's 624 words and a position
+    address = _twister(np.random.get_bit_generator())  # type: ignore[attr-defined]
+    return None if address is None else ctypes.string_at(address, 4 * 625)  # the twister's 624 words and a position
+
+
+@functools.lru_cache(1)
+def _twister(generator: Any) -> int | None:
+    """Where the state of a generator lies, if it is NumPy's usual one."""
+    return generator.ctypes.state_address if type(generator) is np.random.MT19937 else None
 
 
 def _unmoved(before: RngState, place: bytes | None, others: Sequence[torch.Generator]) -> bool:

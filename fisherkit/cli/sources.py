@@ -151,10 +151,10 @@ def call_factory(spec: str, call: str) -> Any:
         raise InvalidArgumentError(call, repr(spec), '"package.module:function"', try_="mymodule:make")
     function = getattr(_module(module, call), name, None)
     if not callable(function):
+        there = "no such name" if function is None else f"something of type {type(function).__name__} there"
         raise InvalidArgumentError(
-            call, repr(spec), f"a function {name!r} in the module {module!r}",
-            why=f"the module has {'no such name' if function is None else f'something of type {type(function).__name__} there'}",
-        )  # fmt: skip
+            call, repr(spec), f"a function {name!r} in the module {module!r}", why=f"the module has {there}"
+        )
     try:
         inspect.signature(function).bind()
     except TypeError as error:

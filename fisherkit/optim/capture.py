@@ -150,8 +150,8 @@ class Capture:
         batch = Batch.of_call(args, kwargs)
         plan, coupled = self._plan(tuple(own.values()), batch, known), self._training(_BatchNorm)
         recorder = Recorder(own, batch.size, batch.batched, plan.shared, training=True)
-        others = device_generators(plan.example_parameter.device)
-        self._begun = recorder, plan, batch, coupled, rng_state(others) if coupled else None
+        rng = rng_state(device_generators(plan.example_parameter.device)) if coupled else None
+        self._begun = recorder, plan, batch, coupled, rng
         return recorder
 
     def end(self, output: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from operator import is_
 from typing import Any, ClassVar
@@ -77,13 +77,16 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
         Uncompiled.begin()
     flags = [p.requires_grad for p in parameters]
     fast = torch.backends.mha.get_fastpath_enabled()
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    checkpoints = vars(CheckpointFunction).get("apply")
     warnings.filters.insert(0, HOOKS_FIRE)  # type: ignore[attr-defined]  # catch_warnings would show others anew
     try:
         torch.backends.mha.set_fastpath_enabled(False)
+        CheckpointFunction.apply = _APPLIED  # type: ignore[method-assign]
         for p, flag in zip(parameters, flags, strict=True):
             if not flag:
                 p.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad(), kept_whole(model), _plain_checkpoints():
+        with inference, torch.enable_grad(), kept_whole(model):
             yield
     finally:
         if HOOKS_FIRE in warnings.filters:  # which a model may have reset
@@ -92,9 +95,21 @@ def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[N
         if eager:
             Uncompiled.end()
         torch.backends.mha.set_fastpath_enabled(fast)
+        if checkpoints is None:
+            del CheckpointFunction.apply
+        else:
+            CheckpointFunction.apply = checkpoints  # type: ignore[method-assign]
         for p, flag in zip(parameters, flags, strict=True):
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
+
+
+def _apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    """A checkpoint with use_reentrant=True as a call, on the class itself, whoever imported it from where."""
+    return function(*args)
+
+
+_APPLIED = staticmethod(_apply)
 
 
 def pulled_back(z: Tensor, inputs: Sequence[Any], v: Tensor, *, keep: bool = True) -> tuple[Tensor | None, ...]:
@@ -106,24 +121,6 @@ def pulled_back(z: Tensor, inputs: Sequence[Any], v: Tensor, *, keep: bool = Tru
     with torch.enable_grad():  # hooks of a backward pass run without
         total = (z * v.to(z.dtype)).sum()
     return torch.autograd.grad(total, inputs, retain_graph=keep, allow_unused=True)
-
-
-@contextmanager
-def _plain_checkpoints() -> Iterator[None]:
-    """Checkpoints with use_reentrant=True call their function, on the class itself, whoever imported it from where."""
-    before = vars(CheckpointFunction).get("apply")
-
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
-
-    CheckpointFunction.apply = staticmethod(apply)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if before is None:
-            del CheckpointFunction.apply
-        else:
-            CheckpointFunction.apply = before  # type: ignore[method-assign]
 
 
 def scales(v: Float[Tensor, "k B ..."]) -> Iterator[Float[Tensor, "k B"]]:

@@ -212,7 +212,7 @@ def _described(module: nn.Module, seen: set[int]) -> Iterator[Any]:
     """A module's class, mode, hooks, plain attributes, and functions put in the place of its own."""
     yield id(type(module))
     for name, value in module.__dict__.items():
-        if type(value) in _PLAIN:
+        if type(value) in _TYPES:
             yield name, value
         elif name in _OWN:
             if value and name.endswith("_hooks"):
@@ -248,6 +248,7 @@ def _plain(value: Any, seen: set[int], depth: int = 5) -> Hashable:
 
 
 _PLAIN = (bool, int, float, str, type(None))
+_TYPES = frozenset(_PLAIN)
 _SIMPLE = (*_PLAIN, complex, Enum, torch.dtype, torch.device)
 _CONTAINERS = (dict, Mapping, list, tuple, deque, set, frozenset)
 _RECORDS = (SimpleNamespace, argparse.Namespace)
