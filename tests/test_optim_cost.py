@@ -61,7 +61,7 @@ def test_step__kernel_calls_and_host_reads(name: str, calls: int, a_layer: int, 
 
 @pytest.mark.parametrize(
     ("name", "most", "a_layer"),
-    [("ief", 670, 142), ("truncated", 808, 168), ("diagonal", 696, 142), ("between updates", 115, 19)],
+    [("ief", 538, 97), ("truncated", 667, 118), ("diagonal", 565, 97), ("between updates", 115, 19)],
 )
 def test_step__calls_of_functions(name: str, most: int, a_layer: int) -> None:
     def counted(hidden: int) -> int:

@@ -70,7 +70,7 @@ class Capture:
         self.finished: list[Captured] = []
         self.first: Tensor | None = None  # the largest output of the first pass
         self.examples = self.offset = self._passes = 0
-        self._checks = BatchChecks()
+        self._checks, self._self = BatchChecks(), weakref.ref(self)
         self._plans: dict[Hashable, Plan] = {}
         self._chosen: set[Plan] = set()
         self._used: set[str] = set()
@@ -149,7 +149,7 @@ class Capture:
             return None
         batch = Batch.of_call(args, kwargs)
         plan, coupled = self._plan(tuple(own.values()), batch, known), self._training(_BatchNorm)
-        recorder = Recorder(own, batch.size, batch.batched, plan.shared, training=True)
+        recorder = Recorder(own, batch.size, batch.batched, plan.shared, training=True, traces=plan.traces)
         rng = rng_state(device_generators(plan.example_parameter.device)) if coupled else None
         self._begun = recorder, plan, batch, coupled, rng
         return recorder
@@ -166,7 +166,8 @@ class Capture:
         watched = Watched.seen(recorder, z)
         if self._new(watched, plan):
             plan = self._plan(tuple(n for n in self.space.names if n in set(recorder.names.values())), batch, anew=True)
-        hidden = [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)]
+            watched = replace(watched)  # of which nothing has been decided by this plan
+        hidden = watched.once("hidden", lambda: [unit.names[0] for unit in plan.ruled if not unit.of(watched.uses)])
         cut = [name for name in hidden if name in recorder.without_graph]
         if cut or plan not in self._seen:
             self._seen.add(plan)
@@ -248,7 +249,9 @@ class Capture:
         """
         chance = seen.random or seen.drawn
         known = seen.replaced(drawn=False, numbers=batch.size) if seen.drawn else seen
-        if not self._checks.is_due(plan, batch.size, known):
+        bare = seen.decided_before if seen.bare else {}  # of the same pass, once compared, nothing is asked again
+        if bare.get("compared") == self._self or not self._checks.is_due(plan, batch.size, known):
+            bare["compared"] = self._self
             return
         batch = batch.to(device := plan.example_parameter.device)
         alike = not (chance or coupled or torch.is_autocast_enabled(device.type))
@@ -270,6 +273,8 @@ class Capture:
 
     def _refuse_nonlinear(self, plan: Plan, seen: Watched, coupled: list[str]) -> None:
         """Refuse rows that a backward pass which is not linear would not have."""
+        if not (plan.nonlinear or plan.may_be_nonlinear(seen)):
+            return
         # Rows along the gradient are multiples of the user's, but for those without a rule.
         ruled = {name for unit in plan.ruled for name in unit.names}
         multiples = self.rule.along_gradient and not coupled

@@ -133,7 +133,7 @@ class Tracker:
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.lost = self.met = self.drawn = self.placed = self.decided = self.reduced = False
+        self.lost = self.met = self.drawn = self.placed = self.decided = self.reduced = self._valued = False
         self.read: list[int] = []
         self.numbers: list[float] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], int, bool, Status]] = {}
@@ -169,6 +169,17 @@ class Tracker:
         seen = reference is not None and reference() is tensor and _version(tensor) - version in (0, 1)
         return status if seen else self._status(tensor)
 
+    def noted(self, tensor: Tensor) -> Status | None:
+        """What is noted of a tensor; None where nothing is."""
+        reference, _, _, status = self._known.get(id(tensor), (None, 0, False, None))
+        return None if reference is None or reference() is not tensor else status
+
+    @property
+    def plain(self) -> bool:
+        """Whether all that was noted came of shapes and settings alone, and not of what is in tensors."""
+        numbers = self._valued or self._real or self._answers or self._ragged or self.read or self.drawn
+        return not (numbers or self.lost or self.met or self.placed or self.decided or self.reduced)
+
     def proves(self, z: Tensor) -> bool:
         """Whether outputs ``[B, ...]`` keep examples apart, so that all batch axes on the way say whose entries are."""
         return not self.lost and self.status(z) == Axis(0)
@@ -197,11 +208,13 @@ class Tracker:
         ]
         if elementwise:
             with contextlib.suppress(RuntimeError):  # a tensor of someone's transform tells none
-                self.numbers += [
+                constants = [
                     t.item()
                     for t in given
                     if t.numel() == 1 and not t.requires_grad and self._status(t) is Mark.FREE  # one constant
                 ]
+                self.numbers += constants
+                self._valued = self._valued or bool(constants)
         if not outputs or (function in CONSTANTS and not self._of_examples((args[1:], kwargs))):
             return
         ids = set(map(id, outputs))
@@ -334,6 +347,7 @@ class Tracker:
                 self._meet(mixed)
             if mixed and BECOMES.get(call.function) is _elementwise:  # one example's with another's
                 self.decided = self.decided or self._tells([t for t, s in whole.operands if s is Mark.MIXED])
+            self._valued = self._valued or bool(call.constants)
             if call.constants and not (self.placed or (self.met and not differentiable)) and call.differs(found):
                 self.placed = self.placed or differentiable
                 self.met = True

@@ -117,6 +117,11 @@ class Derivations:
         self._known[id(tensor)] = tensor, made
         return made
 
+    @property
+    def bare(self) -> bool:
+        """Whether nothing but parameters themselves is known."""
+        return self._known.keys() <= self._names.keys()
+
     def _leaf(self, name: str, parameter: Tensor) -> Tensor:
         """What stands for a parameter, made when it is first asked for."""
         if name not in self._leaves:

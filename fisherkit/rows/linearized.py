@@ -127,7 +127,10 @@ class Linearized:
             self._unrule_silent(gradients)
         factor = scale if known is None else known.scale
         factor = None if factor is None else factor.to(dtype).reshape(-1, self.batch.size, 1, 1)
-        pulled = Pulled(self.watched.uses, gradients, arrangements, own.to(dtype), selection, factor, self._activations)
+        pulled = Pulled(
+            self.watched.uses, gradients, arrangements, own.to(dtype), selection, factor, self._activations,
+            self.watched.decided_before if self.watched.regular else {},
+        )  # fmt: skip
         found: dict[tuple[str, ...], UnitSlot] = {}
         for unit in self.plan.ruled:
             made = None if self.unruled.intersection(unit.names) else unit.made(pulled)

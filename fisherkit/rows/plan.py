@@ -29,6 +29,7 @@ from fisherkit.rows.ownership import coarser, codes
 from fisherkit.rows.record import Recorder, refuse_train_mode
 from fisherkit.rows.recurrent import RecurrentRule
 from fisherkit.rows.rules import Use, in_dtype
+from fisherkit.rows.trace import Traces
 from fisherkit.rows.units import DerivedUnit, Pulled, RuledUnit, SharedUnit, SlicedUnit, Unit, form_of
 from fisherkit.rows.watched import Watched, refuse_hidden
 from fisherkit.space import ParameterSpace
@@ -103,6 +104,7 @@ class Findings:
         draws: whether a pass draws random numbers, of which no output was seen to depend.
         nonlinear: parameters whose gradients are not linear in those at the outputs.
         tried: what else is found out later, which all that have these findings share.
+        traces: of passes, which they share likewise.
     """
 
     units: tuple[Unit, ...] = ()
@@ -118,6 +120,7 @@ class Findings:
     draws: bool = False
     nonlinear: frozenset[str] = frozenset()
     tried: Tried = field(default_factory=Tried)
+    traces: Traces = field(default_factory=Traces)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,7 +171,8 @@ class Plan(Findings):
 
     def with_units(self, units: Iterable[Unit]) -> Plan:
         """With others, put in the parameters' order."""
-        return replace(self, units=tuple(sorted(units, key=lambda unit: self.space.names.index(unit.names[0]))))
+        ordered = tuple(sorted(units, key=lambda unit: self.space.names.index(unit.names[0])))
+        return replace(self, units=ordered, traces=Traces())
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[Draws]:
@@ -183,7 +187,7 @@ class Plan(Findings):
         return replace(
             self, space=space, parameters={name: self.parameters[name] for name in space.names},
             versions={name: self.versions[name] for name in space.names}, unused=self.unused.intersection(space.names),
-            units=tuple(unit for unit in self.units if unit.names[0] in space.names),
+            units=tuple(unit for unit in self.units if unit.names[0] in space.names), traces=Traces(),
             # By rows, as beside other layers.
             tried=Tried({**tried.answers, "last layer": 0}, dict(tried.vectors), set(tried.seen)),
         )  # fmt: skip
@@ -251,7 +255,13 @@ class Plan(Findings):
 
         Cost: none where there are neither functions nor hooks of users, else that of `nonlinear`.
         """
-        replace(self, nonlinear=self.nonlinear | nonlinear(self, seen, batch)).refuse_nonlinear(call, names, try_)
+        found = nonlinear(self, seen, batch) if self.may_be_nonlinear(seen) else frozenset()
+        plan = replace(self, nonlinear=self.nonlinear | found) if found else self
+        plan.refuse_nonlinear(call, names, try_)
+
+    def may_be_nonlinear(self, seen: Watched) -> bool:
+        """Whether functions or hooks of users have a hand in a pass's gradients."""
+        return seen.users or any(p._backward_hooks for p in self.parameters.values())
 
     def refuse_nonlinear(self, call: str, names: Collection[str] | None = None, try_: str = OF_GRADIENTS) -> None:
         """Refuse rows of other vectors, or multiples of vectors, than autograd itself is given.
@@ -274,12 +284,13 @@ class Plan(Findings):
     def unruled(self, watched: Watched) -> set[str]:
         """Parameters of units whose rule does not hold in a pass, because they are used in another way there."""
         outside, uses = watched.outside_rules, watched.uses
-        return {
+        found = watched.once("unruled", lambda: {
             name
             for unit in self.ruled
             if (outside and outside.intersection(unit.names)) or any(unit.differs(uses[i]) for i in unit.of(uses))
             for name in unit.names
-        }
+        })  # fmt: skip
+        return set(found)
 
     def generic_rows(
         self, batch: Batch, v: Float[Tensor, "k B ..."], z: Float[Tensor, "B ..."]
@@ -423,7 +434,9 @@ def forward(plan: Plan, batch: Batch, *, positions: bool = False) -> Watched:
     """A forward pass of a batch, watched; ``positions`` to see whether the inputs' positions stay apart, too."""
     names, own = {id(p): name for name, p in plan.parameters.items()}, batch.fresh()
     along = own.batched[0].shape[1] if positions and own.batched[0].ndim > 1 else 0
-    return Watched.of(plan.model, Recorder(names, batch.size, own.batched, plan.shared, positions=along), own)
+    traces = None if plan.probed is None else plan.traces  # of a plan that is made
+    recorder = Recorder(names, batch.size, own.batched, plan.shared, positions=along, traces=traces)
+    return Watched.of(plan.model, recorder, own)
 
 
 class _Reference:
@@ -478,7 +491,7 @@ def nonlinear(plan: Plan, watched: Watched, batch: Batch | None) -> frozenset[st
     pass of its own if there is a batch.
     """
     own, z = plan.parameters, watched.z
-    if not (watched.users or any(p._backward_hooks for p in own.values())):
+    if not plan.may_be_nonlinear(watched):
         return frozenset()
     drawn, examples = torch.Generator(z.device).manual_seed(1), torch.arange(len(z), device=z.device)
     v = torch.randn(3, *z.shape, generator=drawn, dtype=at_least_single(z.dtype), device=z.device)

@@ -32,7 +32,6 @@ from fisherkit.rows.rules import (
     ADDED,
     BATCH_NORM,
     COPIED,
-    RULES,
     ContractionRule,
     ConvolutionRule,
     ElementwiseRule,
@@ -44,6 +43,7 @@ from fisherkit.rows.rules import (
     contraction,
     rule_for,
 )  # fmt: skip
+from fisherkit.rows.trace import Traces
 
 Operands = Sequence[tuple[Tensor, Derived]]
 """Tensors made of chosen parameters among a function's arguments."""
@@ -85,6 +85,7 @@ class Recorder(TorchFunctionMode):
         training: a training step's own forward pass, in which dropout may be active.
         constant_statistics: batch norm in train mode uses its batch's statistics as if they were constants, and leaves
             its running ones alone.
+        traces: of passes before, of which this one may be; None where there is nothing to know of any.
 
     Attributes:
         uses: what was seen.
@@ -101,9 +102,10 @@ class Recorder(TorchFunctionMode):
 
     def __init__(
         self, names: Mapping[int, str], batch: int, inputs: Iterable[Tensor] = (), shared: Collection[str] = (),
-        *, positions: int = 0, training: bool = False, constant_statistics: bool = False,
+        *, positions: int = 0, training: bool = False, constant_statistics: bool = False, traces: Traces | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        inputs = list(inputs)
         self.names, self.batch, self.shared = names, batch, shared
         self.training, self.constant_statistics = training, constant_statistics
         self.uses: list[Use] = []
@@ -120,6 +122,19 @@ class Recorder(TorchFunctionMode):
             self.tracker.mark(tensor, Axis(0))
             if self._along is not None and tensor.ndim > 1 and tensor.shape[1] == positions:
                 self._along.mark(tensor, Axis(1))
+        followed = traces is None or self._along is not None or constant_statistics
+        self._reader = None if followed or traces is None else traces.begun(names, batch, inputs, training)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all that was noted came of the functions that were called, and of no numbers in tensors."""
+        beside = self.outside_rules or self.without_graph or self.casts or self.packed or self.hooked
+        return not beside and self._derivations.bare and self.tracker.plain
+
+    def ended(self, z: Tensor) -> dict[Any, Any] | None:
+        """The pass is over: what was decided of others that did the same, for this one too; None where it is new."""
+        found = None if self._reader is None else self._reader.ended(self, z)
+        return None if self.hooked or self.packed else found
 
     @property
     def hooked(self) -> bool:
@@ -154,6 +169,33 @@ class Recorder(TorchFunctionMode):
         if self.muted:
             return func(*args, **kwargs)
         self.packed = self.packed or _packs()
+        reader = self._reader
+        if reader is None or func is F.multi_head_attention_forward:  # whose own calls are seen one by one
+            return self._seen(func, args, kwargs)
+        told, uses = reader.told(func, args, kwargs), len(self.uses)
+        step = reader.step(told)
+        if step is None:
+            if reader.trace is not None:
+                self._follow()
+            output = self._seen(func, args, kwargs)
+            if reader.trace is None and not reader.note(told, args, kwargs, output, self, uses):
+                self._reader = None
+            return output
+        output = func(*args, **kwargs)
+        if not reader.takes(step, args, kwargs, output, self):  # which no function does that is given the same
+            self._follow()
+            self.tracker.lost = True
+            self._leave(self._derivations.among(tensors(args, kwargs)))
+        return output
+
+    def _follow(self) -> None:
+        """Follow the rest of the pass, which is another than the one that is known."""
+        if self._reader is not None:
+            self._reader.give_up(self)
+        self._reader = None
+
+    def _seen(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the function, and note what it does."""
         if func in _LOOKED_AT:
             random = _random(func, args, kwargs)
             _refuse(func, args, kwargs, random=random, training=self.training)
@@ -172,13 +214,11 @@ class Recorder(TorchFunctionMode):
         own, graph = self._derivations.among(given), torch.is_grad_enabled()
         if own and not graph:
             self.without_graph.update(name for _, made in own for name in made.names)
-        if own and graph and not self._is_plain(func, args, kwargs, own):
+        if own and graph:
             output = self._with_parameters(func, args, kwargs, own)
         else:
             output = func(*args, **kwargs)
             self._see(func, args, kwargs, output, given)
-            if own and graph and output.numel():
-                self._note(RULES[func], RULES[func].bind(args, kwargs), output)
         if isinstance(output, Tensor) and output.requires_grad and output.dtype != self.coarsest:
             self.coarsest = coarser(self.coarsest, output.dtype)
         return output
@@ -221,17 +261,6 @@ class Recorder(TorchFunctionMode):
             # What is given back as it is, as by a cast to the dtype that it has, is not used yet.
             self._leave(self._derivations.among(tensors(args, kwargs)))
         return output
-
-    def _is_plain(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Operands
-    ) -> bool:
-        """Whether a layer of data was given parameters as they are, in their places, and no other way is open to it."""
-        if type(RULES.get(func)) is not LinearRule or kwargs or not 1 < len(args) <= 3:
-            return False
-        x = args[0]
-        status = self.tracker.status(x) if isinstance(x, Tensor) else Mark.FREE
-        usual = isinstance(status, Axis) and all(made.layout == SAME and made.lookup is None for _, made in own)
-        return usual and own[0][0] is args[1] and x is not args[1] and self._derivations.of(x) is None
 
     def _unrolled(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A recurrent layer, as its linear maps."""

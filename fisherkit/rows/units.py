@@ -37,7 +37,8 @@ class Pulled:
     Inputs of the uses and v are in the parameters' dtype, and ``selection`` says which vectors are rows. A gradient is
     None where nothing depends on an output, an arrangement where an entry belongs to several examples. ``scale`` is by
     vector and example, or by example alone for all vectors, what turns the gradients into those of v. The ``cache`` has
-    activations of the units, for other vectors of the same pass that lie in the same way.
+    activations of the units, for other vectors of the same pass that lie in the same way; ``decided`` is as of a
+    `Watched`.
     """
 
     uses: Sequence[Use]
@@ -47,6 +48,7 @@ class Pulled:
     selection: RowSelection
     scale: Float[Tensor, "#k B 1 1"] | None = None
     cache: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    decided: dict[Any, Any] = field(default_factory=dict)
 
 
 class Unit:
@@ -119,6 +121,9 @@ class RuledUnit(Unit):
     def made(self, pulled: Pulled) -> UnitSlot | None:
         """The unit's rows in a batch; None where an entry of a use belongs to several examples."""
         uses, v, selection = pulled.uses, pulled.v, pulled.selection
+        plain = pulled.decided.get(self.names)
+        if plain is not None and (gradient := pulled.gradients[plain[0]]) is not None:
+            return self._made_plainly(pulled, uses[plain[0]], plain[1], gradient)
         own = self.of(uses)
         if not own:
             none = torch.zeros(selection.batch, 1, dtype=torch.bool, device=v.device)
@@ -144,11 +149,28 @@ class RuledUnit(Unit):
         rows = self.rule.rows(use, a, selection.take(g), selection.example)
         if (self.stored or self.viewed) and isinstance(rows, FactoredRows):
             rows = StoredRows(rows.dense())
-        if all(isinstance(one, Regular) and one.alive is None for one in places):
+        regular = [one for one in places if isinstance(one, Regular) and one.alive is None]
+        if len(regular) == len(places):
+            batch, inner = regular[0].batch, regular[0].inner
+            plain = len(own) == 1 and self.form is None and type(self.rule) is LinearRule and use is uses[own[0]]
+            if plain and batch * inner == use.lead.numel():
+                pulled.decided[self.names] = own[0], (batch, inner, -1)
             return UnitSlot(self.names, rows)
         triples = zip(places, found, entries, strict=True)
         exist = [one.exists(whole.shape[2], g.shape[2]).to(v.device) for one, whole, g in triples]
         return UnitSlot(self.names, rows, torch.cat(exist, 1))
+
+    def _made_plainly(self, pulled: Pulled, use: Use, shape: tuple[int, int, int], gradient: Tensor) -> UnitSlot:
+        """The same of a linear layer that was used once, on examples first and their positions behind: ``shape``."""
+        v, a = pulled.v, pulled.cache.get(self.names)
+        if a is None:
+            a = pulled.cache[self.names] = use.input.detach().reshape(shape)
+        g = gradient.to(v.dtype).reshape(len(v), *shape)
+        g = g if pulled.scale is None else g * pulled.scale
+        rows = self.rule.rows(use, a, pulled.selection.take(g), pulled.selection.example)
+        if (self.stored or self.viewed) and isinstance(rows, FactoredRows):
+            rows = StoredRows(rows.dense())
+        return UnitSlot(self.names, rows)
 
     @staticmethod
     def _entries(use: Use, gradient: Tensor | None, v: Float[Tensor, "k B ..."]) -> Float[Tensor, "k E t o"]:

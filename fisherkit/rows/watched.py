@@ -12,10 +12,10 @@ telling from a graph that nothing else reaches a parameter.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,8 @@ from fisherkit.rows.differentiable import kept_whole, pulled_back, version_of, w
 from fisherkit.rows.ownership import Arrangement, Regular, arrangement, codes, owners
 from fisherkit.rows.record import Recorder
 from fisherkit.rows.rules import Use
+
+T = TypeVar("T")
 
 UNBATCHED = "x.unsqueeze(0), if that is one example; optimizer.paused() or no_grad() around calls that lead to no step"
 """What to try where outputs have no batch axis."""
@@ -90,16 +92,32 @@ class Watched:
                 "the model's forward pass", f"outputs of shape {list(z.shape)} for {recorder.batch} examples",
                 f"[{recorder.batch}, ...]", why="examples lie along axis 0 of inputs and outputs", try_=UNBATCHED,
             )  # fmt: skip
+        decided = recorder.ended(z)
         proven = recorder.proves(z)
         outside_rules = frozenset(recorder.outside_rules)
         seen = recorder.tracker
-        return cls(
+        found = cls(
             recorder.batch, z, recorder.uses, outside_rules, recorder.coarsest, proven, random=recorder.random,
             casts=recorder.casts, hooked=recorder.hooked, exchanging=recorder.hooked, packed=recorder.packed,
             positions=recorder.positions(z), met=seen.met, drawn=seen.drawn, read=tuple(seen.read),
             decided=seen.decided or (seen.reduced and not proven),
             numbers=hash(tuple(seen.numbers)), placed=seen.placed,
         )  # fmt: skip
+        if decided is not None:
+            vars(found)["decided_before"] = decided
+        return found
+
+    @cached_property
+    def decided_before(self) -> dict[Any, Any]:
+        """What has been decided of passes that did the same; of a new one, nothing."""
+        return {}
+
+    def once(self, question: Hashable, answer: Callable[[], T]) -> T:
+        """An answer that comes of what passes do and not of numbers, for all of them that do the same."""
+        known: dict[Any, T] = self.decided_before
+        if question not in known:
+            known[question] = answer()
+        return known[question]
 
     def replaced(self, **changes: Any) -> Watched:
         """With other outputs, or uses of the same functions: what is known of the graph stays known."""
@@ -115,11 +133,11 @@ class Watched:
     @cached_property
     def shown(self) -> list[Regular | None]:
         """Whose the entries of each use are, by the pass itself; None where it does not show it."""
-        if self.by_owner:
+        if self.by_owner or (self.exchanging and self.batch > 1):
             return [None] * len(self.uses)
         if self.batch == 1:
             return [Regular(1, use.lead.numel()) for use in self.uses]
-        return [None if self.exchanging else self._by_axis(use) for use in self.uses]
+        return self.once("shown", lambda: [self._by_axis(use) for use in self.uses])
 
     @property
     def regular(self) -> bool:
