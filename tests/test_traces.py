@@ -251,3 +251,96 @@ def _step(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim
     optimizer.zero_grad()
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     optimizer.step()
+
+
+class Toggled(nn.Module):
+    """A model whose second step does something else when it is told to, by calls that look the same."""
+
+    def __init__(self, step: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.step, self.on = nn.Linear(5, 6), nn.Linear(6, 3), step, False
+        self.order, self.kept = torch.arange(12), torch.ones(12, 6).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.step(self, torch.tanh(self.a(x))))
+
+
+class Straight(torch.autograd.Function):
+    """What was made inside, without gradients, of another example than the gradients go to where it is told to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turned: bool) -> Tensor:
+        ctx.turned = turned
+        return x.relu() * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return (gradients[0].flip(0) if ctx.turned else gradients[0]), None
+
+
+def _filled(model: Any, h: Tensor) -> Tensor:
+    filled = torch.zeros(len(h), 6).double()
+    filled[:] = h.detach()
+    return h + (model.kept[: len(h)] * torch.arange(len(h))[:, None] if model.on else filled)
+
+
+def _chosen(model: Any, h: Tensor) -> Tensor:
+    order = torch.arange(len(h)).roll(int(model.on))
+    return h + h[order, h.argmax(1)][:, None]
+
+
+STEPS_BY_NUMBERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "places by content": _chosen,
+    "a constant filled by examples": _filled,
+    "made inside of a function": lambda model, h: Straight.apply(h, model.on),
+    "a permutation": lambda model, h: h[torch.arange(len(h)).roll(int(model.on))],
+    "numbers that nobody saw": lambda model, h: h * (float(h.sum()) if model.on else 2.0),
+    "no gradients": lambda model, h: h + (h.detach() * 2 if model.on else h * 2),
+    "autocast": lambda model, h: _cast(model, h),
+}
+
+
+def _cast(model: Any, h: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=model.on):
+        return h + (h.float() @ h.float().mT.detach()[:6, :6]).double() if len(h) > 5 else h
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+@pytest.mark.parametrize("name", STEPS_BY_NUMBERS)
+def test_trace__of_a_known_model_says_what_a_new_one_would(name: str, structure: str) -> None:
+    def outcome(model: nn.Module) -> Tensor | str:
+        try:
+            return fk.EmpiricalFisher(model, data(), structure=structure).trace()
+        except fk.FisherkitError as error:
+            return type(error).__name__
+
+    known, new = (Toggled(STEPS_BY_NUMBERS[name]).double() for _ in range(2))
+    for _ in range(3):
+        outcome(known)
+    known.on = new.on = True
+    found, expected = outcome(known), outcome(new)
+    assert found == expected if isinstance(expected, str) else torch.allclose(torch.as_tensor(found), expected)
+
+
+@pytest.mark.parametrize("change", ["dtype", "layout"])
+def test_trace__is_of_dtypes_and_layouts(change: str) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x.contiguous()).sum(1)
+
+    x, y = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
+    known, new = Joined(), Joined()
+    for _ in range(3):
+        fk.EmpiricalFisher(known, (x, y), structure="kfac")
+    if change == "dtype":
+        known, new, x = known.double(), new.double(), x.double()
+    else:
+        x = x.mT.contiguous().mT
+    found, expected = (fk.EmpiricalFisher(one, (x, y), structure="kfac").to_dense() for one in (known, new))
+    torch.testing.assert_close(found, expected)

@@ -40,7 +40,7 @@ _OF_TENSORS = """
     __getitem__ size dim
 """
 _OF_LAYERS = """
-    adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d batch_norm celu conv1d conv2d conv3d dropout elu gelu
+    adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d celu conv1d conv2d conv3d dropout elu gelu
     group_norm hardsigmoid hardswish hardtanh layer_norm leaky_relu linear log_softmax max_pool1d max_pool2d mish relu
     rms_norm scaled_dot_product_attention selu sigmoid silu softmax softplus tanh
 """
