@@ -254,73 +254,81 @@ def _step(model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim
 
 
 class Toggled(nn.Module):
-    """A model whose second step does something else when it is told to, by calls that look the same."""
+    """A model of positions whose step between the layers does something else when it is told to, by the same calls."""
 
     def __init__(self, step: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b, self.step, self.on = nn.Linear(5, 6), nn.Linear(6, 3), step, False
-        self.order, self.kept = torch.arange(12), torch.ones(12, 6).double()
+        self.a, self.b, self.c, self.step = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3), step
+        self.orders = {n: torch.arange(n) for n in range(1, 13)}
+        self.constants = {n: torch.zeros(n, 6).double() for n in range(1, 13)}
+        self.filled = {n: torch.zeros(n, 6).double() for n in range(1, 13)}
+        self.on = False
+
+    def turn(self) -> None:
+        self.on, self.orders[12] = True, torch.arange(12).roll(1)
+        self.constants = {n: torch.arange(6.0 * n).double().reshape(n, 6) / 10 for n in range(1, 13)}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.step(self, torch.tanh(self.a(x))))
+        x = torch.stack([x, x * 2, x * 3], 1)
+        return self.c(self.step(self, torch.tanh(self.b(torch.tanh(self.a(x))))[:, 0]))
 
 
-class Straight(torch.autograd.Function):
-    """What was made inside, without gradients, of another example than the gradients go to where it is told to."""
+class Clamped(torch.autograd.Function):
+    """Known to nobody, of which the outputs were made without gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, turned: bool) -> Tensor:
-        ctx.turned = turned
-        return x.relu() * 1.0
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.clamp(x, -5, 5)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return (gradients[0].flip(0) if ctx.turned else gradients[0]), None
+        return gradients[0] * 1.0
 
 
 def _filled(model: Any, h: Tensor) -> Tensor:
-    filled = torch.zeros(len(h), 6).double()
-    filled[:] = h.detach()
-    return h + (model.kept[: len(h)] * torch.arange(len(h))[:, None] if model.on else filled)
-
-
-def _chosen(model: Any, h: Tensor) -> Tensor:
-    order = torch.arange(len(h)).roll(int(model.on))
-    return h + h[order, h.argmax(1)][:, None]
-
-
-STEPS_BY_NUMBERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "places by content": _chosen,
-    "a constant filled by examples": _filled,
-    "made inside of a function": lambda model, h: Straight.apply(h, model.on),
-    "a permutation": lambda model, h: h[torch.arange(len(h)).roll(int(model.on))],
-    "numbers that nobody saw": lambda model, h: h * (float(h.sum()) if model.on else 2.0),
-    "no gradients": lambda model, h: h + (h.detach() * 2 if model.on else h * 2),
-    "autocast": lambda model, h: _cast(model, h),
-}
+    model.filled[len(h)][:] = h.detach()
+    return h + (model.constants if model.on else model.filled)[len(h)]
 
 
 def _cast(model: Any, h: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=model.on):
-        return h + (h.float() @ h.float().mT.detach()[:6, :6]).double() if len(h) > 5 else h
+        return h + h @ model.c.weight.mT @ model.c.weight
+
+
+STEPS_BY_NUMBERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "places by content": lambda model, h: h + h[model.orders[len(h)], h.argmax(1)][:, None],
+    "a permutation": lambda model, h: h[model.orders[len(h)]],
+    "a constant filled by examples": _filled,
+    "an added constant": lambda model, h: h + model.constants[len(h)],
+    "a factor": lambda model, h: h * (1 + model.constants[len(h)]),
+    "numbers that nobody saw": lambda model, h: h * (float(h.sum()) if model.on else 2.0),
+    "autocast": _cast,
+}
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "kfac"])
 @pytest.mark.parametrize("name", STEPS_BY_NUMBERS)
 def test_trace__of_a_known_model_says_what_a_new_one_would(name: str, structure: str) -> None:
-    def outcome(model: nn.Module) -> Tensor | str:
+    def outcome(model: Toggled) -> Tensor | str:
         try:
-            return fk.EmpiricalFisher(model, data(), structure=structure).trace()
+            fisher = fk.EmpiricalFisher(model, data(), structure=structure)
+            return fisher @ torch.arange(1.0, fisher.size + 1, dtype=fisher.dtype)
         except fk.FisherkitError as error:
             return type(error).__name__
 
     known, new = (Toggled(STEPS_BY_NUMBERS[name]).double() for _ in range(2))
-    for _ in range(3):
-        outcome(known)
-    known.on = new.on = True
+    first = [outcome(known) for _ in range(3)]
+    assert all(
+        type(one) is type(first[0]) and (one == first[0] if isinstance(one, str) else torch.allclose(one, first[0]))
+        for one in first
+    )
+    known.turn()
+    new.turn()
     found, expected = outcome(known), outcome(new)
-    assert found == expected if isinstance(expected, str) else torch.allclose(torch.as_tensor(found), expected)
+    assert type(found) is type(expected)
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("change", ["dtype", "layout"])
@@ -329,12 +337,12 @@ def test_trace__is_of_dtypes_and_layouts(change: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.a = nn.Linear(5, 3)
+            self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(x.contiguous()).sum(1)
+            return self.c(torch.tanh(self.b(torch.tanh(self.a(x.contiguous()))))[:, 0])
 
-    x, y = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
+    x, y = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
     known, new = Joined(), Joined()
     for _ in range(3):
         fk.EmpiricalFisher(known, (x, y), structure="kfac")
@@ -344,3 +352,14 @@ def test_trace__is_of_dtypes_and_layouts(change: str) -> None:
         x = x.mT.contiguous().mT
     found, expected = (fk.EmpiricalFisher(one, (x, y), structure="kfac").to_dense() for one in (known, new))
     torch.testing.assert_close(found, expected)
+
+
+def test_trace__what_was_made_inside_of_a_function_has_another_graph_outside() -> None:
+    class Ended(Toggled):
+        def forward(self, x: Tensor) -> Tensor:
+            return Clamped.apply(super().forward(x))
+
+    model = Ended(lambda _, h: h).double()
+    first, *others = (fk.EmpiricalFisher(model, data(), structure="kfac").to_dense() for _ in range(3))
+    for one in others:
+        torch.testing.assert_close(one, first)
