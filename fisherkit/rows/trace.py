@@ -90,7 +90,7 @@ class Traces(dict[Any, Trace | None]):
         key = batch, other, tuple((x.shape, x.dtype, x.requires_grad, x.stride()) for x in inputs)
         if key in self and self[key] is None:
             return None
-        if len(self) >= MOST:
+        if key not in self and len(self) >= MOST:
             self.clear()
         return Reader(self, key, names, inputs)
 
@@ -124,8 +124,8 @@ class Reader:
         """A call in a form that can be compared, with places for tensors; never the same where one is unknown."""
         self._unknown = False
         named = tuple((name, self._told(value)) for name, value in kwargs.items())
-        if function not in KNOWN or "out" in kwargs:
-            self._unknown = True
+        if function not in KNOWN or "out" in kwargs or (function is Tensor.__getitem__ and tensors(args[1:])):
+            self._unknown = True  # places that come first may be read
         cast = torch.is_autocast_enabled(self._device) and torch.get_autocast_dtype(self._device)
         return function, torch.is_grad_enabled(), cast, tuple(map(self._told, args)), named
 
@@ -135,7 +135,11 @@ class Reader:
             if place is not None:
                 return place
             name = self._names.get(id(value))
-            return self._nothing() if name is None else (name, value.shape, value.dtype, value.stride())
+            return (
+                self._nothing()
+                if name is None
+                else (name, value.shape, value.dtype, value.stride(), value.requires_grad)
+            )
         if isinstance(value, (list, tuple)):
             return type(value), *map(self._told, value)
         if isinstance(value, slice):
