@@ -289,3 +289,29 @@ def test_hook_on_a_parameter__that_the_first_two_examples_do_not_show(structure:
         fisher = fk.EmpiricalFisher(model, (x, y), structure=structure)
         torch.testing.assert_close(fisher.diagonal(), j.square().mean(0))
     assert next(e for e in fisher.coverage().entries if "0.weight" in e.parameters).rule == "loop"
+
+
+def test_fingerprint__tells_a_function_from_one_that_lay_in_its_place() -> None:
+    model: Any = nn.Linear(2, 2)
+    model.act = lambda h: h.tanh()
+    before, place = verified.fingerprint(model), id(model.act)
+    assert verified.fingerprint(model) == before
+    others: list[Any] = []
+    del model.act
+    for i in range(1000):
+        others.append(lambda h, i=i: h * i)
+        if id(others[-1]) == place:
+            break
+    model.act = others[-1]
+    assert verified.fingerprint(model) != before
+
+
+def test_fingerprint__takes_functions_that_cannot_be_followed() -> None:
+    class Listed(list[int]):
+        def __call__(self, h: Tensor) -> Tensor:
+            return h
+
+    model: Any = nn.Linear(2, 2)
+    model.act = Listed()
+    model.other = torch.nn.functional.relu
+    assert hash(verified.fingerprint(model)) == hash(verified.fingerprint(model))

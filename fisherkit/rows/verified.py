@@ -22,6 +22,7 @@ import dataclasses
 import itertools
 import re
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -210,7 +211,7 @@ def fingerprint(model: nn.Module, own: Mapping[str, nn.Parameter] | None = None)
 
 def _described(module: nn.Module, seen: set[int]) -> Iterator[Any]:
     """A module's class, mode, hooks, plain attributes, and functions put in the place of its own."""
-    yield id(type(module))
+    yield type(module)
     for name, value in module.__dict__.items():
         if type(value) in _TYPES:
             yield name, value
@@ -220,7 +221,16 @@ def _described(module: nn.Module, seen: set[int]) -> Iterator[Any]:
         elif (found := _plain(value, seen)) is not None:
             yield name, found
         elif callable(value):
-            yield name, "function", id(value)
+            yield name, "function", _identity(value)
+
+
+def _identity(value: Any) -> Hashable:
+    """What is equal for the same object alone, and not for a later one that lies in its place of memory."""
+    try:
+        hash(found := weakref.ref(value))
+    except TypeError:  # of a kind that cannot be followed
+        return id(value)
+    return found
 
 
 def _plain(value: Any, seen: set[int], depth: int = 5) -> Hashable:
