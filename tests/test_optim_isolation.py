@@ -458,3 +458,24 @@ def test_optimizer__that_is_collected_in_the_middle_of_a_forward_pass() -> None:
         finally:
             gc.enable()
         assert not model._forward_hooks
+
+
+def test_compiled__a_stance_that_cannot_be_set_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()[0]
+    optimizer = natural(model)
+
+    def refuse(stance: str) -> None:
+        raise RuntimeError("not here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.compiler.set_stance", refuse)
+        for module in ("rows.differentiable", "optim.watch"):
+            patch.setattr(f"fisherkit.{module}.COMPILER", "torch")
+        with pytest.raises(RuntimeError, match="not here"):
+            fk.EmpiricalFisher(model, (X, Y))
+        with pytest.raises(RuntimeError, match="not here"):
+            model(X)
+    before = flat(model).clone()
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    assert not torch.equal(flat(model), before)

@@ -101,10 +101,10 @@ class Watch:
             return
         recorder = begins(args, kwargs)
         if recorder is not None:
-            self._active.append(recorder)
             if COMPILER in sys.modules:
-                recorder.uncompiled = True
                 Uncompiled.begin()
+                recorder.uncompiled = True
+            self._active.append(recorder)
             recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, output: Any) -> None:

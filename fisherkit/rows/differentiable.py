@@ -70,11 +70,12 @@ class Uncompiled:
 def differentiable(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradients on, frozen parameters differentiable, attention's fused inference kernel off; all put back after.
 
-    Reentrant checkpoints run plainly: their graph hides the parameters inside; so do compiled parts.
+    Reentrant checkpoints run plainly: their graph hides the parameters inside. Compiled parts run uncompiled.
     """
-    token, eager = OWN_PASS.set(True), COMPILER in sys.modules
+    eager = COMPILER in sys.modules
     if eager:
-        Uncompiled.begin()
+        Uncompiled.begin()  # before all that must be put back: it may raise
+    token = OWN_PASS.set(True)
     flags = [p.requires_grad for p in parameters]
     fast = torch.backends.mha.get_fastpath_enabled()
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

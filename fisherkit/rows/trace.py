@@ -135,11 +135,9 @@ class Reader:
             if place is not None:
                 return place
             name = self._names.get(id(value))
-            return (
-                self._nothing()
-                if name is None
-                else (name, value.shape, value.dtype, value.stride(), value.requires_grad)
-            )
+            if name is None:
+                return self._nothing()
+            return name, value.shape, value.dtype, value.stride(), value.requires_grad
         if isinstance(value, (list, tuple)):
             return type(value), *map(self._told, value)
         if isinstance(value, slice):
